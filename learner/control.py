@@ -1,0 +1,138 @@
+"""What people may ask of the learner, and how such a request proves where it comes from.
+
+The same request comes by the `control` topic, by HTTP and from the command line. On the topic it carries
+an HMAC of its bytes in the header `trimtab-signature`, unless the settings say that the topic is protected
+by the broker's access control. A request that is old, was seen before or does not prove itself is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections import OrderedDict
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal
+from uuid import uuid4
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from stream.errors import Misconfigured, TrimtabError
+from stream.events import utc_now
+
+SIGNATURE = "trimtab-signature"
+FRESH = timedelta(minutes=5)
+REMEMBERED = 10_000
+
+Action = Literal["retrain", "promote", "rollback", "pause", "resume"]
+
+
+class Refused(TrimtabError):
+    """The request is not carried out; the message says why."""
+
+
+class ControlSettings(BaseModel):
+    """How messages on the `control` topic prove themselves."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    secret: SecretStr | None = Field(default=None, description="Shared secret of the HMAC; never logged.")
+    secret_file: Path | None = Field(default=None, description="File that holds the secret.")
+    protected_by_acls: bool = Field(
+        default=False, description="True where the broker's access control alone decides who may write to the topic."
+    )
+
+    def key(self) -> bytes | None:
+        """The secret, from the file when one is named.
+
+        Raises:
+            Misconfigured: the file cannot be read.
+        """
+        if self.secret_file is not None:
+            try:
+                return self.secret_file.read_bytes().strip()
+            except OSError as error:
+                raise Misconfigured(f"control.secret_file {self.secret_file}: {error.strerror}") from error
+        return self.secret.get_secret_value().encode() if self.secret else None
+
+
+class ControlRequest(BaseModel):
+    """One thing asked of the learner.
+
+    Args:
+        action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning.
+        stream: which stream.
+        version: for promote and rollback: `v12`, or `v12.3456` for an exact revision.
+        reason: why, for the audit.
+        who: who asks, for the audit.
+        force: promote a version that did not pass its exam; the audit says so.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(default_factory=lambda: uuid4().hex, min_length=1, max_length=100)
+    action: Action
+    stream: str = Field(min_length=1, max_length=100)
+    version: str | None = Field(default=None, pattern=r"^v[0-9]{1,9}(\.[0-9]{1,12})?$")
+    reason: str = Field(default="", max_length=1000)
+    who: str = Field(default="", max_length=200)
+    force: bool = False
+    issued_at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class ControlAnswer(BaseModel):
+    """What became of a request; it goes to the `audit` topic and to whoever asked."""
+
+    id: str
+    action: str
+    stream: str
+    accepted: bool
+    message: str
+    who: str = ""
+    reason: str = ""
+    at: AwareDatetime = Field(default_factory=utc_now)
+
+
+def sign(value: bytes, key: bytes) -> bytes:
+    """The signature header's value for a message."""
+    return hmac.new(key, value, hashlib.sha256).hexdigest().encode()
+
+
+class Gate:
+    """Lets a request on the topic through once, if it is signed and fresh."""
+
+    def __init__(self, settings: ControlSettings) -> None:
+        self._key = settings.key()
+        self._open = settings.protected_by_acls
+        self._seen: OrderedDict[str, None] = OrderedDict()
+
+    def admit(self, value: bytes, headers: Mapping[str, bytes], now: datetime | None = None) -> ControlRequest:
+        """The request that a message of the topic carries.
+
+        Raises:
+            Refused: it is malformed, not signed, too old, or was seen before.
+        """
+        if not self._open:
+            if self._key is None:
+                raise Refused(
+                    "the control topic takes no requests: set control.secret_file, or control.protected_by_acls where "
+                    "the broker decides who may write"
+                )
+            if not hmac.compare_digest(sign(value, self._key), headers.get(SIGNATURE, b"")):
+                raise Refused(f"the header {SIGNATURE} is missing or does not fit the message")
+        if len(value) > 10_000:
+            raise Refused(f"{len(value)} bytes, at most 10000 are taken")
+        try:
+            request = ControlRequest.model_validate_json(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        if abs((now or datetime.now(UTC)) - request.issued_at) > FRESH:
+            raise Refused(f"issued at {request.issued_at.isoformat()}, more than {FRESH.seconds // 60} minutes from now")
+        if request.id in self._seen:
+            raise Refused(f"request {request.id} was taken before")
+        self._seen[request.id] = None
+        while len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+        return request

@@ -1,0 +1,518 @@
+"""Batches out of Kafka, answers into Kafka, and offsets that never run ahead of the answers.
+
+A batch carries, per partition, where the one before it ended and where it ends itself. A commit is
+refused (`OffsetGap`) unless it follows the last one, so a batch that failed can be retried or end the
+process, but can never be skipped. Two guarantees:
+
+- ``at_least_once``: answers are acknowledged by the broker, then the offsets are committed.
+- ``exactly_once``: answers and offsets are one Kafka transaction that carries the group's metadata, so
+  that a worker that lost its partitions while it was paused is fenced (KIP-447).
+
+The reader's calls belong to one thread; the writer's to another. Both use librdkafka, whose objects
+may be shared between threads.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
+from pydantic import BaseModel, ConfigDict, Field
+
+from monitoring.metrics import Metrics
+from stream.errors import OffsetGap, RetryLater, Superseded
+from stream.events import Headers, Record
+
+logger = logging.getLogger(__name__)
+
+Partition = tuple[str, int]
+Guarantee = Literal["at_least_once", "exactly_once"]
+
+TRANSACTION_TIMEOUT_MS = 10_000
+"""How long a worker killed in mid-transaction can hide what others commit after it on its partitions."""
+
+
+class BatchSettings(BaseModel):
+    """How batches fill: by size or by waiting time, whichever comes first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    batch_events: int = Field(default=512, ge=1, le=100_000, description="Most events in one batch.")
+    batch_seconds: float = Field(
+        default=0.02, ge=0, le=10, description="Longest wait for a batch to fill after its first event, in seconds."
+    )
+    queued_batches: int = Field(default=2, ge=1, le=64, description="Batches read ahead of the model.")
+    session_seconds: float = Field(
+        default=10.0, ge=1, le=300, description="A worker silent for this long loses its partitions, in seconds."
+    )
+    max_pause_seconds: float = Field(
+        default=300.0, ge=10, le=3600, description="Longest time one batch may take before the group gives up on it."
+    )
+
+
+class Outgoing(NamedTuple):
+    """One message to be written."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records read together, with the place in each partition that they begin after and end at.
+
+    Args:
+        records: in the order in which they were read.
+        follows: per partition, the end of the batch before; absent for the first one since assignment.
+        ends: per partition, the offset to commit once every record is answered.
+        generation: the assignment the batch was read under; batches of an older one are dropped.
+    """
+
+    records: Sequence[Record]
+    follows: Mapping[Partition, int]
+    ends: Mapping[Partition, int]
+    generation: int
+    read_at: float = field(default_factory=time.time)
+
+
+class Reader(Protocol):
+    """Where batches come from."""
+
+    def read(self, timeout: float) -> Batch | None:
+        """The next batch, or None when nothing came within `timeout` seconds."""
+        ...
+
+    def rewind(self) -> None:
+        """Go back to the last offset commit; batches already handed out become stale."""
+        ...
+
+    def current(self, batch: Batch) -> bool:
+        """Whether the batch's partitions are still held under the assignment that read it."""
+        ...
+
+    def lag(self) -> dict[str, int]:
+        """Messages not read yet, per topic, over the partitions held."""
+        ...
+
+    def close(self) -> None:
+        """Leave the group."""
+        ...
+
+
+class Writer(Protocol):
+    """Where answers go."""
+
+    def write(self, batch: Batch, messages: Sequence[Outgoing]) -> None:
+        """Write all messages and commit the batch, or raise and leave the batch uncommitted."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the broker."""
+        ...
+
+
+class KafkaReader:
+    """Whole batches from a consumer group, by librdkafka.
+
+    Args:
+        connection: librdkafka connection properties.
+        group: the consumer group, not the one of any Faust app.
+        topics: what to read.
+        settings: how batches fill.
+        member_id: static group membership; a worker that restarts under its old id gets its partitions
+            back at once instead of after the session timeout. None for a dynamic member.
+        starts: where to begin on partitions that were just assigned, for a reader whose offsets are kept elsewhere
+            than in Kafka; partitions it does not name begin at their beginning.
+    """
+
+    def __init__(
+        self,
+        connection: Mapping[str, Any],
+        group: str,
+        topics: Sequence[str],
+        settings: BatchSettings,
+        member_id: str | None = None,
+        starts: Callable[[Sequence[Partition]], Mapping[Partition, int]] | None = None,
+    ) -> None:
+        self.settings = settings
+        self._starts = starts
+        self._next: dict[Partition, int] = {}
+        self._held: set[Partition] = set()
+        self._generation = 0
+        self._rewind = threading.Event()
+        properties = {
+            **connection,
+            "group.id": group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "isolation.level": "read_committed",
+            "partition.assignment.strategy": "range",
+            "session.timeout.ms": int(settings.session_seconds * 1000),
+            "heartbeat.interval.ms": int(settings.session_seconds * 1000 / 5),
+            "max.poll.interval.ms": int(max(settings.max_pause_seconds, settings.session_seconds) * 1000),
+            "fetch.wait.max.ms": 50,
+            "queued.min.messages": max(10_000, settings.batch_events * 4),
+            "error_cb": _log_client_error,
+            **({"group.instance.id": member_id} if member_id else {}),
+        }
+        self.consumer = Consumer(properties)
+        self.consumer.subscribe(
+            list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
+        )
+
+    def read(self, timeout: float) -> Batch | None:
+        if self._rewind.is_set():
+            self._seek_to_commits()
+        generation = self._generation
+        first = self.consumer.consume(1, timeout)
+        if not first:
+            return None
+        rest = []
+        if self.settings.batch_events > 1:
+            rest = self.consumer.consume(self.settings.batch_events - 1, self.settings.batch_seconds)
+        if generation != self._generation:
+            # A rebalance in between: what was read before it may belong to someone else now.
+            first = [m for m in first if (m.topic(), m.partition()) in self._held]
+        return self._batch([*first, *rest])
+
+    def _batch(self, messages: list[Message]) -> Batch | None:
+        records: list[Record] = []
+        follows: dict[Partition, int] = {}
+        ends: dict[Partition, int] = {}
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                if error.fatal() or not (error.retriable() or error.code() == KafkaError._PARTITION_EOF):
+                    _reraise(KafkaException(error))
+                continue
+            record = record_of(message)
+            partition = (record.topic, record.partition)
+            if partition not in ends and partition in self._next:
+                follows[partition] = self._next[partition]
+            ends[partition] = record.offset + 1
+            records.append(record)
+        if not records:
+            return None
+        self._next.update(ends)
+        return Batch(records, follows, ends, self._generation)
+
+    def rewind(self) -> None:
+        self._generation += 1
+        self._rewind.set()
+
+    def current(self, batch: Batch) -> bool:
+        return batch.generation == self._generation and not self._rewind.is_set()
+
+    def lag(self) -> dict[str, int]:
+        lag: dict[str, int] = {}
+        for partition in list(self._held):
+            topic, number = partition
+            try:
+                low, high = self.consumer.get_watermark_offsets(TopicPartition(topic, number), cached=True)
+            except KafkaException:
+                continue
+            if high >= 0:
+                read = self._next.get(partition, max(low, 0))
+                lag[topic] = lag.get(topic, 0) + max(0, high - read)
+        return lag
+
+    def holds(self) -> bool:
+        """Whether any partition is assigned."""
+        return bool(self._held)
+
+    def close(self) -> None:
+        self.consumer.close()
+
+    def _seek_to_commits(self) -> None:
+        held = [TopicPartition(topic, partition) for topic, partition in self._held]
+        try:
+            if self._starts is not None:
+                starts = self._starts(list(self._held))
+                for p in held:
+                    p.offset = starts.get((p.topic, p.partition), OFFSET_BEGINNING)
+            elif held:
+                held = self.consumer.committed(held, timeout=10)
+            for p in held:
+                if p.offset < 0:
+                    p.offset = OFFSET_BEGINNING
+                self.consumer.seek(p)
+        except KafkaException as error:
+            _reraise(error)
+        self._next.clear()
+        self._generation += 1
+        self._rewind.clear()
+
+    def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._generation += 1
+        self._held.update((p.topic, p.partition) for p in partitions)
+        for p in partitions:
+            self._next.pop((p.topic, p.partition), None)
+        if self._starts is not None:
+            starts = self._starts([(p.topic, p.partition) for p in partitions])
+            for p in partitions:
+                p.offset = starts.get((p.topic, p.partition), OFFSET_BEGINNING)
+            consumer.assign(partitions)
+        logger.info("partitions assigned: %s", _names(partitions))
+
+    def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._generation += 1
+        self._release(partitions)
+        logger.info("partitions given up: %s", _names(partitions))
+
+    def _on_lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._generation += 1
+        self._release(partitions)
+        logger.warning("partitions lost to another member: %s", _names(partitions))
+
+    def _release(self, partitions: list[TopicPartition]) -> None:
+        for p in partitions:
+            self._held.discard((p.topic, p.partition))
+            self._next.pop((p.topic, p.partition), None)
+
+
+class KafkaWriter:
+    """Answers and offsets through one librdkafka producer.
+
+    Args:
+        connection: librdkafka connection properties.
+        reader: whose offsets are committed.
+        guarantee: at least once, or exactly once by transactions.
+        transactional_id: this member's own name; needed for exactly once.
+        metrics: where the time to produce and to commit is counted.
+    """
+
+    def __init__(
+        self,
+        connection: Mapping[str, Any],
+        reader: KafkaReader,
+        guarantee: Guarantee,
+        transactional_id: str,
+        metrics: Metrics,
+    ) -> None:
+        self._reader = reader
+        self._seconds = metrics.stage_seconds
+        self._transactions = guarantee == "exactly_once"
+        self._committed: dict[Partition, int] = {}
+        self._generation = -1
+        self._failed: list[str] = []
+        self._producer = Producer(
+            {
+                **connection,
+                "partitioner": "murmur2_random",
+                "enable.idempotence": True,
+                "linger.ms": 5,
+                "queue.buffering.max.messages": 1_000_000,
+                "error_cb": _log_client_error,
+                **(
+                    {"transactional.id": transactional_id, "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS}
+                    if self._transactions
+                    else {"delivery.timeout.ms": 60_000}
+                ),
+            }
+        )
+        if self._transactions:
+            self._call(lambda: self._producer.init_transactions(30))
+
+    def write(self, batch: Batch, messages: Sequence[Outgoing]) -> None:
+        """Write all messages and commit the batch; on any error nothing of it is committed.
+
+        Raises:
+            RetryLater: the broker is away or the transaction was aborted; rewind and repeat.
+            Superseded: another member owns these partitions or this transactional id.
+            OffsetGap: the batch does not follow the last one committed.
+        """
+        self._check_follows(batch)
+        offsets = [TopicPartition(topic, partition, end) for (topic, partition), end in batch.ends.items()]
+        if self._transactions:
+            self._write_transaction(messages, offsets)
+        else:
+            with self._seconds.labels("produce").time():
+                self._produce(messages)
+                self._flush()
+            with self._seconds.labels("commit").time():
+                self._call(lambda: self._reader.consumer.commit(offsets=offsets, asynchronous=False))
+        self._committed.update(batch.ends)
+
+    def close(self) -> None:
+        self._producer.flush(5)
+
+    def _check_follows(self, batch: Batch) -> None:
+        if batch.generation != self._generation:
+            # A new assignment begins where the group's commits say; nothing from before counts.
+            self._committed = {p: end for p, end in self._committed.items() if p in batch.follows}
+            self._generation = batch.generation
+        for partition, start in batch.follows.items():
+            last = self._committed.get(partition)
+            if last != start:
+                raise OffsetGap(
+                    f"{partition[0]}[{partition[1]}]: the batch follows offset {start}, the last commit was {last}; "
+                    "a batch in between was not answered"
+                )
+
+    def _write_transaction(self, messages: Sequence[Outgoing], offsets: list[TopicPartition]) -> None:
+        producer = self._producer
+        try:
+            with self._seconds.labels("produce").time():
+                producer.begin_transaction()
+                self._produce(messages)
+            with self._seconds.labels("commit").time():
+                producer.send_offsets_to_transaction(offsets, self._reader.consumer.consumer_group_metadata(), 30)
+                producer.commit_transaction(30)
+        except KafkaException as error:
+            self._abort(error)
+            _reraise(error)
+        except BaseException:
+            self._abort(None)
+            raise
+
+    def _abort(self, cause: KafkaException | None) -> None:
+        if cause is not None and cause.args[0].fatal():
+            return
+        try:
+            self._producer.abort_transaction(30)
+        except KafkaException as error:
+            logger.warning("the transaction could not be aborted; the broker will time it out: %s", error)
+
+    def _produce(self, messages: Sequence[Outgoing]) -> None:
+        produce, failed = self._producer.produce, self._on_delivery
+        self._failed.clear()
+        for topic, key, value, headers in messages:
+            while True:
+                try:
+                    if headers:
+                        produce(topic, value=value, key=key, headers=list(headers), on_delivery=failed)
+                    else:
+                        produce(topic, value=value, key=key, on_delivery=failed)
+                    break
+                except BufferError:
+                    self._producer.poll(0.1)
+        self._producer.poll(0)
+
+    def _flush(self) -> None:
+        left = self._producer.flush(60)
+        if left or self._failed:
+            why = self._failed[0] if self._failed else "no acknowledgement within 60 s"
+            self._producer.purge()
+            self._producer.flush(1)
+            raise RetryLater(f"{left + len(self._failed)} messages were not acknowledged by the broker: {why}")
+
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._failed.append(str(error))
+
+    def _call(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except KafkaException as error:
+            _reraise(error)
+
+
+def record_of(message: Message) -> Record:
+    """The message without its client library; check `message.error()` first."""
+    return Record(
+        message.topic(),
+        message.partition(),
+        message.offset(),
+        message.key(),
+        message.value(),
+        tuple(message.headers() or ()),
+        message.timestamp()[1],
+    )
+
+
+class TopicTail:
+    """All messages of a topic, from its beginning, to one reader: no group, no offset commits."""
+
+    def __init__(self, connection: Mapping[str, Any], topic: str) -> None:
+        self.topic = topic
+        self._consumer = Consumer(
+            {
+                **connection,
+                "group.id": "trimtab-tail",  # asked for by the client; never joined, nothing is committed
+                "enable.auto.commit": False,
+                "enable.partition.eof": True,
+                "isolation.level": "read_committed",
+                "auto.offset.reset": "earliest",
+                "fetch.wait.max.ms": 50,
+                "error_cb": _log_client_error,
+            }
+        )
+        self._at_end: set[int] = set()
+
+    def catch_up(self, deliver: Callable[[Record], None], timeout: float = 60.0) -> int:
+        """Deliver everything up to the end of every partition; returns how many records that were.
+
+        Raises:
+            RetryLater: the broker or the topic could not be read within `timeout` seconds without progress.
+        """
+        partitions = self._partitions(timeout)
+        self._consumer.assign([TopicPartition(self.topic, p, 0) for p in partitions])
+        count, patience = 0, time.monotonic() + timeout
+        while self._at_end != set(partitions):
+            records = self.poll(0.2)
+            for record in records:
+                deliver(record)
+            count += len(records)
+            if records:
+                patience = time.monotonic() + timeout
+            elif time.monotonic() > patience:
+                raise RetryLater(f"topic {self.topic!r} could not be read to its end within {timeout:.0f} s")
+        return count
+
+    def poll(self, timeout: float) -> list[Record]:
+        """Records that came within `timeout` seconds."""
+        records = []
+        for message in self._consumer.consume(1000, timeout):
+            error = message.error()
+            if error is None:
+                records.append(record_of(message))
+            elif error.code() == KafkaError._PARTITION_EOF:
+                self._at_end.add(message.partition())
+            elif error.fatal():
+                _reraise(KafkaException(error))
+        return records
+
+    def close(self) -> None:
+        """Let go of the broker."""
+        self._consumer.close()
+
+    def _partitions(self, timeout: float) -> list[int]:
+        try:
+            found = self._consumer.list_topics(self.topic, timeout=timeout).topics[self.topic]
+        except KafkaException as error:
+            raise RetryLater(f"topic {self.topic!r}: {error.args[0].str()}") from error
+        if found.error is not None or not found.partitions:
+            raise RetryLater(f"topic {self.topic!r} is not there; create it with `trimtab topics create`")
+        return sorted(found.partitions)
+
+
+def _reraise(error: KafkaException) -> None:
+    """Turn a client error into the reaction it calls for."""
+    cause = error.args[0]
+    fenced = {
+        KafkaError._FENCED,
+        KafkaError.FENCED_INSTANCE_ID,
+        KafkaError.INVALID_PRODUCER_EPOCH,
+        KafkaError.PRODUCER_FENCED,
+    }
+    if cause.code() in fenced:
+        raise Superseded(f"another member with the same id took over: {cause.str()}") from error
+    if cause.fatal():
+        raise Superseded(f"the client cannot go on: {cause.str()}") from error
+    raise RetryLater(cause.str()) from error
+
+
+def _log_client_error(error: KafkaError) -> None:
+    logger.warning("kafka client: %s", error.str())
+
+
+def _names(partitions: Sequence[TopicPartition]) -> str:
+    return ", ".join(f"{p.topic}[{p.partition}]" for p in partitions) or "none"

@@ -1,0 +1,324 @@
+"""The worker: read a batch, decode, predict, write, commit. It holds no state but the model.
+
+::
+
+    Kafka ──▶ KafkaReader (thread) ──▶ bounded channel ──▶ classifying agent ──▶ KafkaWriter ──▶ Kafka
+                                                             │ decode ▸ predict ▸ write ▸ commit
+    model-versions ──▶ TopicTail (thread) ──▶ Model.announce ┘
+
+Reading begins once `model-versions` has been read whole, so a worker never answers by an older
+revision than the one in service. An error that says `RetryLater` rewinds to the last commit; any
+other ends the process, and the batch in question stays uncommitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import mode
+
+from monitoring.metrics import Metrics
+from stream.batches import Batch, Outgoing, Reader, TopicTail, Writer
+from stream.errors import DeadLetter, Reason, RetryLater
+from stream.events import Decoder, Event, Headers, Place, Prediction, Record, dead_letter_headers
+from stream.model import Model
+from stream.service import Shell
+
+logger = logging.getLogger(__name__)
+
+PASSED_ON = frozenset({"ce_id", "ce_type", "ce_source", "ce_time", "traceparent", "tracestate"})
+MAX_DEAD_LETTER_BYTES = 900_000
+RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+
+
+class Classifier:
+    """A batch in, its predictions and dead letters out; no Kafka, no Faust.
+
+    Args:
+        model: answers events.
+        decoder: knows the streams.
+        predictions: topic that answers go to.
+        dead_letters: topic that refused messages go to.
+        metrics: where the counts go.
+        clock: the wall clock in seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        decoder: Decoder,
+        predictions: str,
+        dead_letters: str,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._model, self._decoder, self._metrics, self._clock = model, decoder, metrics, clock
+        self._predictions, self._dead_letters = predictions, dead_letters
+
+    def answer(self, records: Sequence[Record]) -> list[Outgoing]:
+        """One message for every record: its prediction, or itself as a dead letter."""
+        outgoing: list[Outgoing] = []
+        streams: dict[str, list[tuple[Record, Event]]] = defaultdict(list)
+        with self._stage("decode"):
+            for record in records:
+                try:
+                    event = self._decoder.event(record)
+                except DeadLetter as refusal:
+                    outgoing.append(self.dead_letter(refusal, record))
+                else:
+                    streams[event.stream].append((record, event))
+        for stream, members in streams.items():
+            self._metrics.events.labels(stream).inc(len(members))
+            with self._stage("predict"):
+                answers = self._model.predict(stream, [event for _, event in members])
+            if len(answers) != len(members):
+                raise RuntimeError(f"stream {stream!r}: {len(answers)} answers for {len(members)} events")
+            outgoing.extend(self._predict(stream, members, answers))
+        return outgoing
+
+    def _predict(self, stream: str, members: list[tuple[Record, Event]], answers: list) -> list[Outgoing]:  # type: ignore[type-arg]
+        now = self._clock()
+        predicted_at = datetime.fromtimestamp(now, UTC)
+        latency = self._metrics.prediction_latency.labels(stream).observe
+        age = self._metrics.event_age.labels(stream).observe
+        novelty = self._metrics.novelty.labels(stream).observe
+        outgoing = []
+        for (record, event), answer in zip(members, answers, strict=True):
+            # The fields were validated when they came in, so the model is built without validating them again.
+            prediction = Prediction.model_construct(
+                event_id=event.event_id,
+                stream=stream,
+                label=answer.label,
+                probabilities=dict(answer.probabilities),
+                novelty=answer.novelty,
+                model_version=answer.model_version,
+                ref=Place.model_construct(topic=record.topic, partition=record.partition, offset=record.offset),
+                observed_at=event.observed_at,
+                predicted_at=predicted_at,
+            )
+            outgoing.append(
+                Outgoing(
+                    self._predictions,
+                    event.event_id.encode(),
+                    prediction.model_dump_json().encode(),
+                    passed_on(record.headers),
+                )
+            )
+            latency(max(0.0, now - record.timestamp_ms / 1000))
+            age(max(0.0, now - event.observed_at.timestamp()))
+            novelty(answer.novelty)
+        self._metrics.predictions.labels(stream).inc(len(outgoing))
+        return outgoing
+
+    def dead_letter(self, refusal: DeadLetter, record: Record) -> Outgoing:
+        """The record with its bytes untouched and the refusal in added headers."""
+        self._metrics.dead_letters.labels(known_stream(self._decoder, record), refusal.reason).inc()
+        logger.info("dead letter %s[%d]@%d: %s", record.topic, record.partition, record.offset, refusal)
+        return dead_letter(self._dead_letters, refusal, record, datetime.fromtimestamp(self._clock(), UTC))
+
+    def _stage(self, name: str) -> AbstractContextManager[object]:
+        return self._metrics.stage_seconds.labels(name).time()
+
+
+def dead_letter(topic: str, refusal: DeadLetter, record: Record, at: datetime) -> Outgoing:
+    """The message for the dead-letters topic; one too large for it is kept by reference to its place in the log."""
+    headers = dead_letter_headers(refusal, record, at)
+    size = len(record.value or b"") + len(record.key or b"") + sum(len(n) + len(v or b"") for n, v in headers)
+    if size > MAX_DEAD_LETTER_BYTES:
+        added = [h for h in headers[len(record.headers) :]]
+        return Outgoing(topic, None, None, (*added, ("trimtab-by-reference", b"1")))
+    return Outgoing(topic, record.key, record.value, tuple(headers))
+
+
+def passed_on(headers: Headers) -> Headers:
+    """CloudEvents attributes and the trace context of an event, for its prediction."""
+    return tuple(h for h in headers if h[0] in PASSED_ON) if headers else ()
+
+
+def known_stream(decoder: Decoder, record: Record) -> str:
+    """The stream's name where the record names a configured one, else `unknown`: a bounded metric label."""
+    value = record.value or b""
+    if len(value) < 1_000_000:
+        for name in decoder.rules:
+            if b'"' + name.encode() + b'"' in value:
+                return name
+    return "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the worker is wired from; each is a small interface with a real and a test form."""
+
+    reader: Reader
+    writer: Writer
+    classifier: Classifier
+    model: Model
+    tail: TopicTail
+
+
+class Worker:
+    """The Faust app of a worker process.
+
+    Args:
+        shell: the app, its pages and its end.
+        connect: makes the parts, in a thread, once the app starts; it may raise.
+        queued_batches: how many batches may be read ahead of the model.
+    """
+
+    def __init__(self, shell: Shell, connect: Callable[[], Parts], queued_batches: int = 2) -> None:
+        self.shell, self._connect = shell, connect
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._working = ThreadPoolExecutor(1, thread_name_prefix="work")
+        self._ending = threading.Event()
+        self._caught_up = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._read_ended = asyncio.Event()
+        self._parts: Parts | None = None
+        self._channel = shell.app.channel(maxsize=queued_batches)
+        shell.draining.append(self._drain)
+        self._declare()
+
+    @property
+    def parts(self) -> Parts:
+        """The wired parts; there once the app has started."""
+        assert self._parts is not None
+        return self._parts
+
+    def _declare(self) -> None:
+        worker, app = self, self.shell.app
+
+        @app.service
+        class Announcements(mode.Service):  # type: ignore[misc]
+            """Reads `model-versions` whole before the first batch, then follows it."""
+
+            @mode.Service.task  # type: ignore[untyped-decorator]
+            async def follow(self) -> None:
+                await worker._guard(worker._follow_versions)
+
+        @app.service
+        class Batches(mode.Service):  # type: ignore[misc]
+            """Reads batches and feeds the channel; a full channel stops the reading."""
+
+            @mode.Service.task  # type: ignore[untyped-decorator]
+            async def read(self) -> None:
+                await worker._guard(worker._read_batches)
+
+        @app.agent(self._channel)  # type: ignore[untyped-decorator]
+        async def classify(stream) -> None:  # type: ignore[no-untyped-def]
+            async for batch in stream:
+                await worker._guard(lambda batch=batch: worker._answer(batch))
+
+    async def _guard(self, work) -> None:  # type: ignore[no-untyped-def]
+        """Run a piece of the worker; whatever leaves it ends the process."""
+        try:
+            await work()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._ending.set()
+            self.shell.fail(error)
+
+    async def _follow_versions(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._parts = await loop.run_in_executor(self._working, self._connect)
+        health, tail, model = self.shell.health, self.parts.tail, self.parts.model
+
+        def announce(record: Record) -> None:
+            model.announce(record.key or b"", record.value)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="versions") as thread:
+            for attempt in range(1_000_000):
+                try:
+                    await loop.run_in_executor(thread, tail.catch_up, announce)
+                    break
+                except RetryLater as error:
+                    health.waiting("model-versions", str(error))
+                    logger.warning("%s; trying again", error)
+                    await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+            health.ready("model-versions")
+            self._caught_up.set()
+            while not self._ending.is_set():
+                for record in await loop.run_in_executor(thread, tail.poll, 0.1):
+                    await loop.run_in_executor(thread, announce, record)
+            await loop.run_in_executor(thread, tail.close)
+
+    async def _read_batches(self) -> None:
+        try:
+            await self._caught_up.wait()
+            await self._read_until_ending()
+        finally:
+            self._read_ended.set()
+
+    async def _read_until_ending(self) -> None:
+        loop, reader, health = asyncio.get_running_loop(), self.parts.reader, self.shell.health
+        attempt = 0
+        while not self._ending.is_set():
+            try:
+                batch = await loop.run_in_executor(self._reading, reader.read, 0.2)
+                attempt = 0
+            except RetryLater as error:
+                health.waiting("source", str(error))
+                logger.warning("reading: %s; trying again", error)
+                await asyncio.sleep(RETRY_SECONDS[min(attempt, len(RETRY_SECONDS) - 1)])
+                attempt += 1
+                continue
+            health.ready("source")
+            if batch is not None:
+                self._idle.clear()
+                await self._channel.put(batch)
+            for topic, lag in reader.lag().items():
+                self.shell.metrics.consumer_lag.labels(topic).set(lag)
+
+    async def _answer(self, batch: Batch) -> None:
+        if self.shell.health.failure is not None:
+            return  # a batch before this one failed: nothing after it may be committed
+        loop, parts = asyncio.get_running_loop(), self.parts
+        try:
+            await loop.run_in_executor(self._working, self._answer_and_commit, batch)
+            self.shell.health.ready("sink")
+        except RetryLater as error:
+            logger.warning("writing: %s; rewinding to the last commit", error)
+            self.shell.health.waiting("sink", str(error))
+            parts.reader.rewind()
+            await asyncio.sleep(RETRY_SECONDS[0])
+        finally:
+            if self._channel.empty():
+                self._idle.set()
+
+    def _answer_and_commit(self, batch: Batch) -> None:
+        parts = self.parts
+        if not parts.reader.current(batch):
+            return  # its partitions were given up or rewound since it was read
+        self.shell.metrics.batch_events.observe(len(batch.records))
+        parts.writer.write(batch, parts.classifier.answer(batch.records))
+
+    async def _finish(self) -> None:
+        await self._read_ended.wait()
+        await self._idle.wait()
+
+    async def _drain(self) -> None:
+        """Stop reading, finish and commit what was read, leave the group."""
+        self._ending.set()
+        loop = asyncio.get_running_loop()
+        if self._parts is None:
+            return
+        if self.shell.health.failure is None and self._caught_up.is_set():
+            try:
+                await asyncio.wait_for(self._finish(), timeout=30)
+            except TimeoutError:
+                logger.warning("a batch was still being answered after 30 s; it will be repeated")
+        await loop.run_in_executor(self._working, self.parts.writer.close)
+        await loop.run_in_executor(self._reading, self.parts.reader.close)
+
+
+__all__ = ["Classifier", "Parts", "Reason", "Worker", "dead_letter", "passed_on"]
