@@ -214,7 +214,8 @@ class Decoder:
         rules = self.rules.get(stream)
         if rules is None:
             known = ", ".join(sorted(self.rules)) or "none"
-            raise DeadLetter(Reason.UNKNOWN_STREAM, "stream", f"{stream!r} is not configured (known: {known})", event_id)
+            detail = f"{stream!r} is not configured (known: {known})"
+            raise DeadLetter(Reason.UNKNOWN_STREAM, "stream", detail, event_id)
         return rules
 
     def _parse(self, wire: type[M], value: bytes) -> M:
@@ -238,12 +239,12 @@ def class_name(name: str, event_id: str | None = None) -> str:
     """The class name in NFC, or `DeadLetter` where it is empty, too long or has control characters."""
     normal = unicodedata.normalize("NFC", name).strip()
     if not normal or len(normal) > MAX_CLASS_NAME:
-        raise DeadLetter(
-            Reason.CLASS_NAME, "label", f"a class name has 1 to {MAX_CLASS_NAME} characters, found {len(normal)}", event_id
-        )
+        detail = f"a class name has 1 to {MAX_CLASS_NAME} characters, found {len(normal)}"
+        raise DeadLetter(Reason.CLASS_NAME, "label", detail, event_id)
     bad = next((c for c in normal if unicodedata.category(c).startswith("C")), None)
     if bad is not None:
-        raise DeadLetter(Reason.CLASS_NAME, "label", f"character U+{ord(bad):04X} is not allowed in a class name", event_id)
+        detail = f"character U+{ord(bad):04X} is not allowed in a class name"
+        raise DeadLetter(Reason.CLASS_NAME, "label", detail, event_id)
     return normal
 
 
@@ -284,7 +285,8 @@ def _refusal(error: ValidationError, value: bytes) -> DeadLetter:
         case "json_invalid":
             return DeadLetter(Reason.MALFORMED_JSON, "", first["msg"], event_id)
         case "finite_number":
-            return DeadLetter(Reason.NOT_FINITE, field, "NaN and infinite values are not taken; null is a missing value", event_id)
+            detail = "NaN and infinite values are not taken; null is a missing value"
+            return DeadLetter(Reason.NOT_FINITE, field, detail, event_id)
         case _:
             return DeadLetter(Reason.INVALID_FIELD, field, first["msg"], event_id)
 

@@ -21,6 +21,8 @@ from stream.events import Place, Record
 RUN_GAP = 2_000
 """Places at most this many offsets apart are read in one run: reading on is cheaper than another seek."""
 
+NOT_THERE = frozenset({KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE})
+
 
 class Lookback:
     """Events by place.
@@ -91,7 +93,7 @@ class Lookback:
                     position = message.offset() + 1
                     if message.offset() in wanted:
                         found.append(record_of(message))
-                elif error.code() in (KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE):
+                elif error.code() in NOT_THERE:
                     return found
                 else:
                     raise RetryLater(f"{topic}[{partition}]: {error.str()}")

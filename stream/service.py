@@ -72,7 +72,7 @@ class Health:
 
     def __init__(self, *waiting_for: str) -> None:
         self._lock = threading.Lock()
-        self._waiting: dict[str, str] = {part: "starting" for part in waiting_for}
+        self._waiting: dict[str, str] = dict.fromkeys(waiting_for, "starting")
         self.failure: BaseException | None = None
 
     def ready(self, part: str) -> None:

@@ -134,7 +134,7 @@ def dead_letter(topic: str, refusal: DeadLetter, record: Record, at: datetime) -
     headers = dead_letter_headers(refusal, record, at)
     size = len(record.value or b"") + len(record.key or b"") + sum(len(n) + len(v or b"") for n, v in headers)
     if size > MAX_DEAD_LETTER_BYTES:
-        added = [h for h in headers[len(record.headers) :]]
+        added = headers[len(record.headers) :]
         return Outgoing(topic, None, None, (*added, ("trimtab-by-reference", b"1")))
     return Outgoing(topic, record.key, record.value, tuple(headers))
 
