@@ -129,7 +129,7 @@ class Gate:
             first = error.errors(include_url=False)[0]
             raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
         if abs((now or datetime.now(UTC)) - request.issued_at) > FRESH:
-            raise Refused(f"issued at {request.issued_at.isoformat()}, more than {FRESH.seconds // 60} minutes from now")
+            raise Refused(f"issued at {request.issued_at.isoformat()}, over {FRESH.seconds // 60} minutes from now")
         if request.id in self._seen:
             raise Refused(f"request {request.id} was taken before")
         self._seen[request.id] = None

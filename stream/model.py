@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -43,4 +44,12 @@ class Model(Protocol):
 
     def announce(self, key: bytes, value: bytes | None) -> None:
         """Take one message of the `model-versions` topic; old, foreign or broken ones change nothing."""
+        ...
+
+    def catching_up(self) -> AbstractContextManager[object]:
+        """Around the announcements of the past: only what is the newest at the end need be loaded."""
+        ...
+
+    def close(self) -> None:
+        """Let go of threads and weights."""
         ...

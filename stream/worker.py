@@ -236,10 +236,14 @@ class Worker:
         def announce(record: Record) -> None:
             model.announce(record.key or b"", record.value)
 
+        def catch_up() -> None:
+            with model.catching_up():
+                tail.catch_up(announce)
+
         with ThreadPoolExecutor(1, thread_name_prefix="versions") as thread:
             for attempt in range(1_000_000):
                 try:
-                    await loop.run_in_executor(thread, tail.catch_up, announce)
+                    await loop.run_in_executor(thread, catch_up)
                     break
                 except RetryLater as error:
                     health.waiting("model-versions", str(error))
@@ -319,6 +323,7 @@ class Worker:
                 logger.warning("a batch was still being answered after 30 s; it will be repeated")
         await loop.run_in_executor(self._working, self.parts.writer.close)
         await loop.run_in_executor(self._reading, self.parts.reader.close)
+        self.parts.model.close()
 
 
 __all__ = ["Classifier", "Parts", "Reason", "Worker", "dead_letter", "passed_on"]

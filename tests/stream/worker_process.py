@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from monitoring.metrics import Metrics
@@ -38,6 +39,12 @@ class LengthModel:
 
     def announce(self, key: bytes, value: bytes | None) -> None:
         self.version = (value or b"").decode()
+
+    def catching_up(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def close(self) -> None:
+        pass
 
 
 class Faulty:

@@ -1,0 +1,883 @@
+"""The command line.
+
+Whatever goes wrong for a reason that a person can mend is one sentence on stderr and a non-zero exit: 2 where
+something must be changed first, 1 otherwise. What a command needs is imported by that command, so that
+`trimtab --help` is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from stream.errors import Misconfigured, Stop, TrimtabError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deploy.messages import BadLine, Letter
+    from deploy.settings import Settings
+    from learner.control import Action, ControlAnswer, ControlRequest
+    from learner.registry import Registry, VersionManifest
+    from stream.events import Prediction
+
+SHOWN_BAD_LINES = 20
+
+
+class Sentences(TyperGroup):
+    """A group whose commands end in a sentence where others would end in a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; known errors become a line on stderr and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except TrimtabError as error:
+            _end(str(error), 2 if isinstance(error, Stop) else 1)
+        except BrokenPipeError:
+            # Whoever read our output, such as `head`, has seen enough.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except OSError as error:
+            if error.filename is None and not isinstance(error, ConnectionError | TimeoutError):
+                raise
+            what = f"{error.filename}: " if error.filename is not None else "the connection failed: "
+            _end(f"{what}{error.strerror or error}", 2 if error.filename is not None else 1)
+
+
+app = typer.Typer(
+    cls=Sentences,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Classify every event of a Kafka stream, learn from late labels, forget nothing.\n\n"
+    "Every command reads trimtab.yaml, or the file that --config or TRIMTAB_CONFIG names; a variable such as "
+    "TRIMTAB_KAFKA__BOOTSTRAP_SERVERS overrides one key of it.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check the settings file, or print what it may hold.")
+topics_app = typer.Typer(no_args_is_help=True, help="Create the topics that trimtab needs.")
+versions_app = typer.Typer(no_args_is_help=True, help="List, show, promote, roll back or prune the models of a stream.")
+letters_app = typer.Typer(
+    no_args_is_help=True, help="Look at the messages that could not be used, and send them again."
+)
+app.add_typer(config_app, name="config", rich_help_panel="Set up")
+app.add_typer(topics_app, name="topics", rich_help_panel="Set up")
+app.add_typer(versions_app, name="versions", rich_help_panel="Learning")
+app.add_typer(letters_app, name="dead-letters", rich_help_panel="Messages")
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Settings file; TRIMTAB_CONFIG or trimtab.yaml when left out.")
+]
+Format = Annotated[Literal["text", "json"], typer.Option("--format", help="For people, or one JSON object a line.")]
+StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream, as in the settings.")]
+ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the audit.")]
+ByTopicOption = Annotated[
+    bool, typer.Option("--by-topic", help="Ask by the control topic instead of HTTP; the answer is on the audit topic.")
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option("--learner", metavar="URL", help="Where the learner answers; from the settings if left out."),
+]
+PlaceArgument = Annotated[
+    str, typer.Argument(metavar="PLACE", help="Place of the dead letter, PARTITION:OFFSET, as listed.")
+]
+ReasonFilter = Annotated[
+    str | None, typer.Option("--reason", help="Only those refused for this reason, such as ragged.")
+]
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="trimtab")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    """Options before any command."""
+    if version:
+        from trimtab import __version__
+
+        typer.echo(f"trimtab {__version__}")
+        raise typer.Exit
+
+
+# Processes
+
+
+@app.command(rich_help_panel="Run")
+def worker(
+    config: ConfigOption = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one.", min=0, max=65535)] = None,
+    member_id: Annotated[str | None, typer.Option(help="This replica's lasting name in the consumer group.")] = None,
+    group: Annotated[str | None, typer.Option(help="Another consumer group, as a pinned twin needs.")] = None,
+    pin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="STREAM=VERSION", help="Serve one revision, such as intents=v1.37, whatever is announced."
+        ),
+    ] = None,
+    predictions: Annotated[str | None, typer.Option(help="Another topic (its whole name) for the predictions.")] = None,
+) -> None:
+    """Answer events: one prediction for each. Run as many as the topics have partitions.
+
+    With --pin a worker becomes a frozen twin to compare with: give it --group and --predictions of its own.
+    """
+    pinned: dict[str, str] = {}
+    for one in pin or ():
+        stream, sign, version = one.partition("=")
+        if not (stream and sign and version):
+            _end(f"--pin {one!r}: give STREAM=VERSION, such as intents=v1.37", 2)
+        pinned[stream] = version
+    if pinned and not (group and predictions):
+        _end("--pin needs --group and --predictions too, so that a frozen twin takes no events and answers nobody", 2)
+    settings = _settings(config)
+    from deploy.wiring import run_worker
+
+    raise typer.Exit(
+        run_worker(settings, pin=pinned, predictions=predictions, group=group, port=port, member_id=member_id)
+    )
+
+
+@app.command(rich_help_panel="Run")
+def learner(
+    config: ConfigOption = None,
+    port: Annotated[int | None, typer.Option(help="HTTP port; 0 takes a free one.", min=0, max=65535)] = None,
+) -> None:
+    """Join labels with predictions, learn, examine and announce versions."""
+    settings = _settings(config)
+    from deploy.wiring import run_learner
+
+    raise typer.Exit(run_learner(settings, port=port))
+
+
+@app.command(rich_help_panel="Run")
+def broker(
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.", min=0, max=65535)] = 9092,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    log: Annotated[Path | None, typer.Option(help="File for its output.")] = None,
+) -> None:
+    """Run the embedded broker for a first try: in memory, gone when it ends. Not for anything you want to keep."""
+    from deploy.broker import EmbeddedBroker
+
+    with EmbeddedBroker(port, host, log) as running:
+        typer.echo(f"Embedded broker at {running.bootstrap}, in memory only. Ctrl-C ends it.")
+        with contextlib.suppress(KeyboardInterrupt):
+            code = running.wait()
+            _end(f"the embedded broker ended by itself with code {code}", 1)
+
+
+@app.command(rich_help_panel="Run")
+def demo(
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave everything running at the end, and print the addresses.")
+    ] = False,
+    report: Annotated[Path, typer.Option(help="Folder for report.html and report.json.")] = Path("demo-report"),
+    seed: Annotated[int, typer.Option(help="Another seed shows other questions in another order.", min=0)] = 0,
+) -> None:
+    """Watch a pipeline learn from late labels on real data: broker, worker and learner, in about three minutes."""
+    from deploy import demo as demonstration
+
+    raise typer.Exit(demonstration.run(keep=keep, report=report, seed=seed))
+
+
+# Settings
+
+
+@config_app.command("check")
+def config_check(
+    file: Annotated[Path | None, typer.Argument(help="The file; TRIMTAB_CONFIG or trimtab.yaml when left out.")] = None,
+) -> None:
+    """Check a settings file, with the environment's overrides, and the files that it names. Reaches no network."""
+    from deploy.settings import settings_path, unreadable
+
+    settings = _settings(file)
+    lacking = unreadable(settings)
+    if lacking:
+        _end("\n".join([f"{settings_path(file)} is well-formed, but:", *(f"  {line}" for line in lacking)]), 2)
+    streams = ", ".join(f"{name} ({stream.kind})" for name, stream in settings.streams.items())
+    typer.echo(f"{settings_path(file)} is fine. Kafka at {settings.kafka.bootstrap_servers}; streams: {streams}.")
+    if settings.control.key() is None and not settings.control.protected_by_acls:
+        typer.echo("Note: requests on the control topic are refused, for there is no control.secret_file; HTTP works.")
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON Schema of the settings file, for an editor to complete and check it."""
+    from deploy.settings import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+# Topics and messages
+
+
+@topics_app.command("create")
+def topics_create(config: ConfigOption = None) -> None:
+    """Create the topics that are missing and check those that are there."""
+    settings = _settings(config)
+    from stream.kafka import create_topics
+
+    created = create_topics(settings.kafka, settings.topics, settings.named_topics)
+    typer.echo(f"Created {', '.join(created)}." if created else "All topics are there, and fit.")
+
+
+@app.command(rich_help_panel="Messages")
+def publish(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines, one message each; - for standard input.")],
+    topic: Annotated[
+        str,
+        typer.Option("--topic", "-t", help="Topic without the prefix: reports, telemetry, labels or a stream's own."),
+    ],
+    config: ConfigOption = None,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check/--no-check", help="Hold back lines that would become dead letters, and name them by number."
+        ),
+    ] = True,
+) -> None:
+    """Publish events or labels from a file of JSON lines, keyed by event id."""
+    settings = _settings(config)
+    from deploy.messages import Publisher, check_topic, publish_lines
+    from deploy.settings import rules
+    from stream.events import Decoder
+
+    whole, labels = _published_topic(settings, topic)
+    with _opened(file) as (lines, size):
+        check_topic(settings.kafka, whole)
+        bad: list[BadLine] = []
+        with Publisher(settings.kafka) as publisher:
+            found = publish_lines(
+                _with_progress(lines, size, file), whole, publisher, Decoder(rules(settings)) if check else None, labels
+            )
+            bad.extend(line for line in found if line is not None)
+    typer.echo(f"Published {publisher.sent} messages to {whole}.", err=True)
+    if bad:
+        shown = [f"  line {line.number}: {line.why}" for line in bad[:SHOWN_BAD_LINES]]
+        more = [f"  and {len(bad) - SHOWN_BAD_LINES} more"] if len(bad) > SHOWN_BAD_LINES else []
+        _end("\n".join([f"{len(bad)} lines were held back:", *shown, *more]), 1)
+
+
+@app.command(rich_help_panel="Messages")
+def predictions(
+    config: ConfigOption = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Wait for more until Ctrl-C.")] = False,
+    latest: Annotated[bool, typer.Option("--latest", help="Only what comes from now on; goes with --follow.")] = False,
+    stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
+    topic: Annotated[str | None, typer.Option(help="Another topic (its whole name), such as a frozen twin's.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", "-n", help="End after so many.", min=1)] = None,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Print what was predicted, partition by partition in the order of the log."""
+    settings = _settings(config)
+    from deploy.messages import read
+    from deploy.settings import rules
+    from stream.errors import DeadLetter
+    from stream.events import Decoder
+
+    if stream is not None:
+        _known_stream(settings, stream)
+    decoder, shown = Decoder(rules(settings)), 0
+    with contextlib.suppress(KeyboardInterrupt):
+        for record in read(
+            settings.kafka, topic or settings.topics.name("predictions"), follow=follow, latest=latest and follow
+        ):
+            try:
+                prediction = decoder.prediction(record)
+            except DeadLetter as refusal:
+                typer.echo(f"{record.topic}[{record.partition}]@{record.offset}: {refusal}", err=True)
+                continue
+            if stream is not None and prediction.stream != stream:
+                continue
+            typer.echo((record.value or b"").decode() if format == "json" else _line(prediction))
+            shown += 1
+            if shown == limit:
+                break
+
+
+@letters_app.command("list")
+def letters_list(
+    config: ConfigOption = None,
+    reason: ReasonFilter = None,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """List the dead letters: place, when, why, and where they were first."""
+    found = [one for one in _letters(_settings(config)) if reason in (None, one.reason)]
+    if format == "json":
+        for one in found:
+            typer.echo(json.dumps(_told(one)))
+        return
+    if not found:
+        typer.echo("There are no dead letters." if reason is None else f"There are no dead letters for {reason}.")
+        return
+    _table(
+        ["place", "at", "reason", "field", "event", "first place", "detail"],
+        [
+            [
+                f"{one.place.partition}:{one.place.offset}",
+                one.at[:19],
+                one.reason,
+                one.field,
+                one.event_id,
+                f"{one.original.topic}[{one.original.partition}]@{one.original.offset}",
+                one.detail,
+            ]
+            for one in found
+        ],
+    )
+
+
+@letters_app.command("show")
+def letters_show(place: PlaceArgument, config: ConfigOption = None) -> None:
+    """Show one dead letter: why it was refused, its headers and its bytes."""
+    settings = _settings(config)
+    one = _letter_at(settings, place)
+    for name, value in _told(one).items():
+        typer.echo(f"{name:>14}  {value}")
+    for header, content in one.original.headers:
+        typer.echo(f"{'header':>14}  {header}: {_readable(content)}")
+    record = _original(settings, one)
+    typer.echo(f"{'key':>14}  {_readable(record.key)}")
+    typer.echo(f"{'bytes':>14}  {len(record.value or b'')}\n")
+    typer.echo(_readable(record.value))
+
+
+@letters_app.command("replay")
+def letters_replay(
+    places: Annotated[
+        list[str] | None, typer.Argument(metavar="[PLACE]...", help="Places, PARTITION:OFFSET, as listed.")
+    ] = None,
+    config: ConfigOption = None,
+    all_: Annotated[bool, typer.Option("--all", help="All of them, or all of one --reason.")] = False,
+    reason: ReasonFilter = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+) -> None:
+    """Send dead letters to their first topic again, as they were: after the settings or the labels were mended.
+
+    The dead letters themselves stay where they are until their topic's retention ends, so one can be sent twice.
+    """
+    if bool(places) == all_:
+        _end("name the places to send again, or give --all", 2)
+    settings = _settings(config)
+    from deploy.messages import Publisher, check_topic
+
+    wanted = [_letter_at(settings, place) for place in places or ()]
+    if all_:
+        wanted = [one for one in _letters(settings) if reason in (None, one.reason)]
+    if not wanted:
+        typer.echo("There is nothing to send.")
+        return
+    ours = {*settings.event_topics, settings.topics.name("labels"), settings.topics.name("predictions")}
+    strange = sorted({one.original.topic or "no topic" for one in wanted} - ours)
+    if strange:
+        _end(f"some came from {', '.join(strange)}, which is none of the topics that these settings read", 2)
+    if not yes:
+        typer.confirm(f"Send {len(wanted)} messages again?", abort=True)
+    records = [_original(settings, one) for one in wanted]
+    check_topic(settings.kafka, *{record.topic for record in records})
+    with Publisher(settings.kafka) as publisher:
+        for record in records:
+            publisher.send(record.topic, record.key, record.value, record.headers)
+    typer.echo(f"Sent {len(records)} messages again.")
+
+
+# Learning
+
+
+@app.command(rich_help_panel="Learning")
+def retrain(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Ask for a fine-tune of a stream now. One that is going on is finished first."""
+    _ask(config, "retrain", stream, None, reason, by_topic, url)
+
+
+@app.command(rich_help_panel="Learning")
+def pause(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Keep serving the present revision; labels are stored, and learned after `trimtab resume`."""
+    _ask(config, "pause", stream, None, reason, by_topic, url)
+
+
+@app.command(rich_help_panel="Learning")
+def resume(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Go on learning after a pause, or after a rollback to a revision."""
+    _ask(config, "resume", stream, None, reason, by_topic, url)
+
+
+@versions_app.command("list")
+def versions_list(
+    stream: Annotated[str | None, typer.Argument(help="Name of the stream; all of them when left out.")] = None,
+    config: ConfigOption = None,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """List the versions of a stream, newest first, as the registry has them."""
+    settings = _settings(config)
+    registry = _registry(settings)
+    rows: list[dict[str, Any]] = []
+    for name in [_known_stream(settings, stream)] if stream else sorted(settings.streams):
+        champion = registry.champion(name)
+        for manifest in reversed(registry.versions(name)):
+            pruned = registry.pruned(name, manifest.name)
+            rows.append(
+                {
+                    "stream": name,
+                    "version": manifest.name,
+                    "in_service": manifest.name == champion,
+                    "created_at": manifest.created_at.isoformat(timespec="seconds"),
+                    "parent": manifest.parent,
+                    "strategy": manifest.lineage.strategy,
+                    "classes": len(manifest.classes),
+                    "exam": _exam(manifest),
+                    "pruned_at": pruned.isoformat(timespec="seconds") if pruned else None,
+                }
+            )
+    if format == "json":
+        for row in rows:
+            typer.echo(json.dumps(row))
+    elif not rows:
+        typer.echo(f"The registry {settings.registry.url} has no versions yet.")
+    else:
+        _table(
+            ["stream", "version", "", "created", "parent", "strategy", "classes", "exam"],
+            [
+                [
+                    row["stream"],
+                    row["version"],
+                    "in service" if row["in_service"] else "pruned" if row["pruned_at"] else "",
+                    row["created_at"][:19],
+                    row["parent"] or "",
+                    row["strategy"],
+                    str(row["classes"]),
+                    row["exam"],
+                ]
+                for row in rows
+            ],
+        )
+
+
+@versions_app.command("show")
+def versions_show(
+    stream: StreamArgument,
+    version: Annotated[str, typer.Argument(help="Such as v12.")],
+    config: ConfigOption = None,
+    format: Format = "text",  # noqa: A002
+) -> None:
+    """Show where a version comes from and what its exam found, class by class."""
+    settings = _settings(config)
+    registry = _registry(settings)
+    manifest = registry.version(_known_stream(settings, stream), version)
+    if format == "json":
+        typer.echo(manifest.model_dump_json())
+        return
+    lineage = manifest.lineage
+    typer.echo(
+        f"{stream} {manifest.name}, made {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC "
+        f"from {manifest.parent or 'nothing'}"
+    )
+    typer.echo(f"  {'in service' if registry.champion(stream) == manifest.name else 'not in service'}")
+    typer.echo(f"  strategy {lineage.strategy}, seed {lineage.seed}, snapshot {lineage.snapshot or 'none'}")
+    typer.echo(
+        f"  encoder {manifest.encoder_digest[:19]}, {manifest.encoder.kind}, {manifest.encoder.dimension} components"
+    )
+    typer.echo(
+        f"  {len(manifest.classes)} classes; packages {_pairs(lineage.packages)}; "
+        f"label offsets {_pairs(lineage.label_offsets)}"
+    )
+    verdict = manifest.verdict
+    if verdict is None:
+        typer.echo("  no exam: a base version")
+        return
+    typer.echo(f"\nExam: {_exam(manifest)}, on {verdict.n} examples it was never trained on")
+    for why in verdict.reasons:
+        typer.echo(f"  {why}")
+    if verdict.unjudged:
+        typer.echo(f"  could not be judged: {', '.join(verdict.unjudged)}")
+    _table(
+        ["class", "examples", "champion", "candidate", "outcome"],
+        [
+            [one.label, str(one.n), f"{one.champion_recall:.3f}", f"{one.candidate_recall:.3f}", one.outcome]
+            for one in verdict.classes
+        ],
+    )
+
+
+@versions_app.command("promote")
+def versions_promote(
+    stream: StreamArgument,
+    version: Annotated[str, typer.Argument(help="Such as v12.")],
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Even one that did not pass its exam; the audit says so.")
+    ] = False,
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Put a version into service."""
+    _ask(config, "promote", stream, version, reason, by_topic, url, force=force)
+
+
+@versions_app.command("rollback")
+def versions_rollback(
+    stream: StreamArgument,
+    version: Annotated[
+        str, typer.Argument(help="A version such as v12, refitted with what was learned since; or v12.34, exactly.")
+    ],
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Put an earlier version or revision back. A revision comes back exactly as it was, and pauses learning."""
+    _ask(config, "rollback", stream, version, reason, by_topic, url)
+
+
+@versions_app.command("prune")
+def versions_prune(
+    stream: Annotated[str | None, typer.Argument(help="Name of the stream; all of them when left out.")] = None,
+    config: ConfigOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+) -> None:
+    """Remove weights that nothing needs. What is in service, the last before it, and what predictions name stay."""
+    settings = _settings(config)
+    registry = _registry(settings)
+    names = [_known_stream(settings, stream)] if stream else sorted(settings.streams)
+    for name in names:
+        keep = _served_versions(settings, name)
+        options = {
+            "predecessors": settings.registry.keep_champions,
+            "revisions": settings.registry.keep_revisions,
+        }
+        plan = registry.prune(name, keep, dry_run=True, **options)  # type: ignore[arg-type]
+        going = f"{len(plan.versions)} versions, {len(plan.revisions)} revisions and {plan.bytes / 2**20:.1f} MiB"
+        if dry_run:
+            typer.echo(f"{name}: would remove {going}{': ' + ', '.join(plan.versions) if plan.versions else ''}")
+            for kept, why in plan.kept.items():
+                typer.echo(f"  keeps {kept}: {why}")
+            continue
+        if not (plan.versions or plan.revisions or plan.blobs):
+            typer.echo(f"{name}: there is nothing to remove")
+            continue
+        if not yes:
+            typer.confirm(f"{name}: remove {going}?", abort=True)
+        registry.prune(name, keep, dry_run=False, **options)  # type: ignore[arg-type]
+        typer.echo(f"{name}: removed {going}")
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    typer.echo(f"trimtab: {sentence}", err=True)
+    raise typer.Exit(code)
+
+
+def _settings(path: Path | None) -> Settings:
+    from deploy.settings import load_settings
+
+    return load_settings(path)
+
+
+def _known_stream(settings: Settings, stream: str) -> str:
+    if stream in settings.streams:
+        return stream
+    from difflib import get_close_matches
+
+    near = get_close_matches(stream, settings.streams, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(settings.streams))}"
+    raise Misconfigured(f"the settings have no stream {stream!r}; {hint}")
+
+
+def _published_topic(settings: Settings, topic: str) -> tuple[str, bool]:
+    """The whole name of a topic that people may publish to, and whether it takes labels."""
+    kinds = {"labels": settings.topics.name("labels")}
+    kinds |= {name: settings.topics.event_topic(name) for name in settings.named_topics}
+    kinds |= {"reports": settings.topics.name("reports"), "telemetry": settings.topics.name("telemetry")}
+    found = kinds.get(topic) or next((whole for whole in kinds.values() if whole == topic), None)
+    if found is None:
+        raise Misconfigured(f"--topic {topic!r} takes no events or labels; there are: {', '.join(sorted(kinds))}")
+    return found, found == kinds["labels"]
+
+
+@contextlib.contextmanager
+def _opened(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
+    """The file and its size in bytes, or standard input, whose size nobody knows."""
+    if file == "-":
+        yield sys.stdin.buffer, None
+        return
+    path = Path(file)
+    with path.open("rb") as lines:
+        yield lines, path.stat().st_size
+
+
+def _with_progress(lines: BinaryIO, size: int | None, name: str) -> Iterator[bytes]:
+    """The lines, with a bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("standard input" if name == "-" else name, total=size)
+        for line in lines:
+            yield line
+            progress.advance(task, len(line))
+
+
+def _line(prediction: Prediction) -> str:
+    best = prediction.probabilities.get(prediction.label or "", 0.0)
+    label = "(nothing learned yet)" if prediction.label is None else f"{prediction.label} {best:.2f}"
+    return (
+        f"{prediction.predicted_at:%Y-%m-%d %H:%M:%S}  {prediction.stream:<12} {prediction.event_id:<24} {label:<32} "
+        f"novelty {prediction.novelty:.2f}  {prediction.model_version}"
+    )
+
+
+def _letters(settings: Settings) -> list[Letter]:
+    from deploy.messages import letter, read
+
+    return [letter(record) for record in read(settings.kafka, settings.topics.name("dead_letters"))]
+
+
+def _letter_at(settings: Settings, place: str) -> Letter:
+    from deploy.messages import check_topic, letter, read_at
+    from stream.events import Place
+
+    partition, sign, offset = place.partition(":")
+    if not (sign and partition.isdecimal() and offset.isdecimal()):
+        _end(f"{place!r} is no place: give PARTITION:OFFSET as `trimtab dead-letters list` shows it", 2)
+    topic = settings.topics.name("dead_letters")
+    check_topic(settings.kafka, topic)
+    record = read_at(settings.kafka, Place(topic=topic, partition=int(partition), offset=int(offset)))
+    if record is None:
+        _end(f"there is no dead letter at {place}, or its retention has ended", 1)
+    return letter(record)
+
+
+def _original(settings: Settings, one: Letter) -> Any:
+    """The message as it was; one kept by reference is read at its first place."""
+    if not one.by_reference:
+        return one.original
+    from deploy.messages import read_at
+
+    record = read_at(settings.kafka, one.original.place)
+    if record is None:
+        first = f"{one.original.topic}[{one.original.partition}]@{one.original.offset}"
+        _end(f"the message was too large to be copied, and its first place {first} no longer has it", 1)
+    return record
+
+
+def _told(one: Letter) -> dict[str, Any]:
+    return {
+        "place": f"{one.place.partition}:{one.place.offset}",
+        "reason": one.reason,
+        "field": one.field,
+        "detail": one.detail,
+        "event_id": one.event_id,
+        "at": one.at,
+        "first_topic": one.original.topic,
+        "first_place": f"{one.original.partition}:{one.original.offset}",
+        "by_reference": one.by_reference,
+    }
+
+
+def _readable(content: bytes | None) -> str:
+    """Bytes for a terminal: JSON indented, plain text as it is, anything else as Python writes it."""
+    if content is None:
+        return "(none)"
+    try:
+        return json.dumps(json.loads(content), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        return repr(content)
+    return text if text.isprintable() else repr(text)
+
+
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for whole lines."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=240)
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _console().print(table)
+
+
+def _pairs(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in found.items()) or "none"
+
+
+def _exam(manifest: VersionManifest) -> str:
+    verdict = manifest.verdict
+    if verdict is None:
+        return ""
+    outcome = "passed" if verdict.promote else "refused"
+    return f"{outcome}, {verdict.candidate_accuracy:.3f} against {verdict.champion_accuracy:.3f}"
+
+
+def _registry(settings: Settings) -> Registry:
+    from learner.registry import Registry
+
+    cache_bytes = int(settings.registry.cache_gib * 2**30)
+    return Registry(settings.registry.url, settings.registry.cache_dir, cache_bytes=cache_bytes)
+
+
+def _served_versions(settings: Settings, stream: str) -> set[str]:
+    """Every revision that a prediction names which may still be labelled or corrected, from the learner's store."""
+    url = settings.learner.store
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        raise Misconfigured(
+            f"learner.store {url} is not here, so nobody knows which versions predictions still name: prune where "
+            "the learner runs"
+        )
+    import sqlalchemy as sa
+
+    from replay import schema
+
+    served = schema.served
+    query = sa.select(served.c.model_version).where(served.c.stream == stream).distinct()
+    engine = schema.connect(url)
+    try:
+        with engine.connect() as connection:
+            return {str(name) for name in connection.scalars(query)}
+    except sa.exc.SQLAlchemyError as error:
+        raise Misconfigured(f"learner.store {engine.url!r} cannot be read: {error}") from None
+    finally:
+        engine.dispose()
+
+
+def _ask(
+    config: Path | None,
+    action: Action,
+    stream: str,
+    version: str | None,
+    reason: str,
+    by_topic: bool,
+    url: str | None,
+    force: bool = False,
+) -> None:
+    """Ask the learner for something, and end with what became of it."""
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    from getpass import getuser
+
+    from pydantic import ValidationError
+
+    from learner.control import ControlRequest
+
+    try:
+        request = ControlRequest(
+            action=action, stream=stream, version=version, reason=reason, who=getuser(), force=force
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        _end(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
+    if by_topic:
+        _ask_by_topic(settings, request)
+        typer.echo(
+            f"Asked on {settings.topics.name('control')}; the answer will be on {settings.topics.name('audit')}."
+        )
+        return
+    answer = _ask_by_http(settings, request, url)
+    if not answer.accepted:
+        _end(answer.message, 1)
+    typer.echo(answer.message)
+
+
+def _ask_by_topic(settings: Settings, request: ControlRequest) -> None:
+    from deploy.messages import Publisher, check_topic
+    from learner.control import SIGNATURE, sign
+    from stream.events import encode
+
+    key, value, topic = settings.control.key(), encode(request), settings.topics.name("control")
+    if key is None and not settings.control.protected_by_acls:
+        raise Misconfigured(
+            "the control topic takes no requests: set control.secret_file, or control.protected_by_acls where the "
+            "broker decides who may write"
+        )
+    check_topic(settings.kafka, topic)
+    with Publisher(settings.kafka) as publisher:
+        publisher.send(topic, request.stream.encode(), value, ((SIGNATURE, sign(value, key)),) if key else ())
+
+
+def _ask_by_http(settings: Settings, request: ControlRequest, url: str | None) -> ControlAnswer:
+    import urllib.error
+    import urllib.parse
+    import urllib.request
+
+    from pydantic import ValidationError
+
+    from learner.control import ControlAnswer
+
+    http = settings.learner.http
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(http.host, http.host)
+    base = (url or f"http://{host}:{http.port}").rstrip("/")
+    if not base.startswith(("http://", "https://")):
+        raise Misconfigured(f"--learner {base!r}: give an address such as http://127.0.0.1:6070")
+    token = http.secret()
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
+    body = request.model_dump_json(exclude={"action", "stream"}).encode()
+    where = f"{base}/streams/{urllib.parse.quote(request.stream, safe='')}/{request.action}"
+    try:
+        with urllib.request.urlopen(urllib.request.Request(where, body, headers), timeout=60) as answer:
+            content = answer.read()
+    except urllib.error.HTTPError as refusal:
+        content = refusal.read()
+        if refusal.code != 409:
+            _end(f"the learner at {base} answered {refusal.code}: {_refusal(content)}", 1)
+    except OSError as error:
+        why = error.reason if isinstance(error, urllib.error.URLError) else error
+        _end(
+            f"no learner answers at {base} ({why}): is it running (`trimtab learner`), and is learner.http right? "
+            "Give --learner URL, or --by-topic",
+            1,
+        )
+    try:
+        return ControlAnswer.model_validate_json(content)
+    except ValidationError:
+        _end(f"what answers at {base} is no learner: {content[:200]!r}", 1)
+
+
+def _refusal(content: bytes) -> str:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return repr(content[:200])
+    return str(found.get("error", found)) if isinstance(found, dict) else repr(content[:200])
+
+
+if __name__ == "__main__":
+    main()

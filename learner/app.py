@@ -1,0 +1,547 @@
+"""The learner's Faust app: it joins, learns, announces, trains, and does what people ask of it.
+
+::
+
+    predictions, labels ──▶ KafkaReader (thread) ──▶ Joiner.step ──▶ store ──▶ follow ▸ announce ──▶ outbox ──▶ Kafka
+    control topic, HTTP  ──▶ Gate ──▶ act ────────────────┘ (one thread owns all that learns)
+    Trainer (thread) ──▶ fine-tune process ──▶ exam ──▶ act
+
+Everything that changes what is learned runs on one thread, in whole steps. What follows from a step leaves
+through the outbox, which is part of the step's transaction.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import mode
+from confluent_kafka import KafkaError, Message, Producer
+from faust.web import View
+
+from learner.control import ControlAnswer, ControlRequest, Gate, Refused
+from learner.joining import Joiner
+from learner.online import OnlineLearner
+from learner.registry import BrokenVersion, Registry
+from learner.trainer import Trainer
+from monitoring.drift import DriftMonitor, Kind
+from monitoring.metrics import Metrics
+from replay.store import LearnerStore, Outgoing
+from stream.batches import Reader
+from stream.errors import RetryLater, TrimtabError
+from stream.events import encode
+from stream.service import Shell
+
+logger = logging.getLogger(__name__)
+
+ANNOUNCE_SECONDS = 0.5
+WATCH_SECONDS = 2.0
+PURGE_SECONDS = 3600.0
+RECALL_WINDOW = 2_000
+RECALL_MINIMUM = 10
+RETRY_SECONDS = 0.5
+DRIFT_KINDS: tuple[Kind, ...] = ("input", "prediction", "error")
+
+
+class Outbox:
+    """Sends what the store's transactions left to be sent, in order, at least once.
+
+    Args:
+        store: whose outbox it empties.
+        connection: librdkafka connection properties.
+    """
+
+    def __init__(self, store: LearnerStore, connection: Mapping[str, Any]) -> None:
+        self._store = store
+        self._failed: list[str] = []
+        self._producer = Producer(
+            {
+                **connection,
+                "partitioner": "murmur2_random",
+                "enable.idempotence": True,
+                "linger.ms": 0,
+                "delivery.timeout.ms": 30_000,
+            }
+        )
+
+    def send(self) -> int:
+        """Send what is waiting; returns how many messages that were.
+
+        Raises:
+            RetryLater: the broker did not acknowledge them; they wait on.
+        """
+        messages = self._store.outbox()
+        if not messages:
+            return 0
+        self._failed.clear()
+        for message in messages:
+            self._producer.produce(
+                message.topic,
+                value=message.value,
+                key=message.key,
+                headers=list(message.headers),
+                on_delivery=self._on_delivery,
+            )
+        if self._producer.flush(35) or self._failed:
+            self._producer.purge()
+            self._producer.flush(1)
+            raise RetryLater(f"announcements are not acknowledged: {(self._failed or ['no answer'])[0]}")
+        self._store.delete_outbox(message.id for message in messages)
+        return len(messages)
+
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
+        if error is not None:
+            self._failed.append(str(error))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the learner is wired from."""
+
+    reader: Reader
+    joiner: Joiner
+    learners: Mapping[str, OnlineLearner]
+    trainer: Trainer
+    drift: Mapping[str, DriftMonitor]
+    store: LearnerStore
+    registry: Registry
+    outbox: Outbox
+    epoch: int
+    budgets: Mapping[str, float]
+
+
+class LearnerApp:
+    """The Faust app of a learner process.
+
+    Args:
+        shell: the app, its pages and its end.
+        connect: makes the parts once the app starts, on the learning thread; it is given a way to run functions there.
+        control: name of the control topic.
+        audit: name of the audit topic.
+        gate: decides which control messages are let through.
+        clock: the time, in UTC.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        connect: Callable[[Callable[[Callable[[], Any]], Future[Any]]], Parts],
+        control: str,
+        audit: str,
+        gate: Gate,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self.shell, self._connect, self._audit, self._gate, self._clock = shell, connect, audit, gate, clock
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self._learning = ThreadPoolExecutor(1, thread_name_prefix="learn")
+        self._sending = ThreadPoolExecutor(1, thread_name_prefix="send")
+        self._ending = threading.Event()
+        self._opened = asyncio.Event()
+        self._joining_ended = asyncio.Event()
+        self._parts: Parts | None = None
+        self._announced_at = 0.0
+        self._drifts: dict[tuple[str, str], int] = {}
+        shell.draining.append(self._drain)
+        self._declare(control)
+        self._add_pages()
+
+    @property
+    def parts(self) -> Parts:
+        """The wired parts; there once the app has started."""
+        assert self._parts is not None
+        return self._parts
+
+    @property
+    def metrics(self) -> Metrics:
+        """Where everything is counted."""
+        return self.shell.metrics
+
+    def _declare(self, control: str) -> None:
+        learner, app = self, self.shell.app
+
+        @app.service
+        class Joining(mode.Service):  # type: ignore[misc]
+            """Reads predictions and labels, and learns."""
+
+            @mode.Service.task  # type: ignore[untyped-decorator]
+            async def join(self) -> None:
+                await learner._guard(learner._join_batches)
+
+        @app.service
+        class Sending(mode.Service):  # type: ignore[misc]
+            """Empties the outbox."""
+
+            @mode.Service.task  # type: ignore[untyped-decorator]
+            async def send(self) -> None:
+                await learner._guard(learner._send_outbox)
+
+        @app.service
+        class Watching(mode.Service):  # type: ignore[misc]
+            """Counts, compares with the best so far, and pulls triggers."""
+
+            @mode.Service.task  # type: ignore[untyped-decorator]
+            async def watch(self) -> None:
+                await learner._guard(learner._watch)
+
+        topic = app.topic(control, key_serializer="raw", value_serializer="raw")
+
+        @app.agent(topic)  # type: ignore[untyped-decorator]
+        async def take_control(stream) -> None:  # type: ignore[no-untyped-def]
+            async for event in stream.events():
+                headers = event.message.headers or {}
+                pairs = headers.items() if isinstance(headers, Mapping) else headers
+                await learner._take(event.value or b"", {str(name): bytes(value or b"") for name, value in pairs})
+
+    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Run a piece of the learner; whatever leaves it ends the process."""
+        try:
+            await work()
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            self._ending.set()
+            self.shell.fail(error)
+
+    # Joining
+
+    def learn(self, work: Callable[[], Any]) -> Future[Any]:
+        """Run `work` on the thread that owns all that learns."""
+        return self._learning.submit(work)
+
+    async def _join_batches(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            self._parts = await loop.run_in_executor(self._learning, self._connect, self.learn)
+            self.parts.trainer.start()
+            self._opened.set()
+            self.shell.health.ready("models")
+            while not self._ending.is_set():
+                try:
+                    batch = await loop.run_in_executor(self._reading, self.parts.reader.read, 0.1)
+                    if batch is not None and self.parts.reader.current(batch):
+                        learned = await loop.run_in_executor(self._learning, self.parts.joiner.step, batch)
+                        for stream, count in learned.items():
+                            self.parts.trainer.learned(stream, count)
+                    await self._announce()
+                    self.shell.health.ready("source")
+                except RetryLater as error:
+                    logger.warning("joining: %s; trying again", error)
+                    self.shell.health.waiting("source", str(error))
+                    self.parts.reader.rewind()
+                    await asyncio.sleep(RETRY_SECONDS)
+        finally:
+            self._joining_ended.set()
+
+    async def _announce(self) -> None:
+        if time.monotonic() - self._announced_at < ANNOUNCE_SECONDS:
+            return
+        self._announced_at = time.monotonic()
+        await asyncio.get_running_loop().run_in_executor(self._learning, self._announce_all)
+
+    def _announce_all(self) -> None:
+        now = self._clock()
+        for learner in self.parts.learners.values():
+            learner.announce(now)
+            learner.save(now)
+
+    async def _send_outbox(self) -> None:
+        await self._opened.wait()
+        loop = asyncio.get_running_loop()
+        while not self._ending.is_set():
+            try:
+                sent = await loop.run_in_executor(self._sending, self.parts.outbox.send)
+                self.shell.health.ready("outbox")
+            except RetryLater as error:
+                logger.warning("%s; trying again", error)
+                self.shell.health.waiting("outbox", str(error))
+                sent = 0
+            if not sent:
+                await asyncio.sleep(0.05)
+
+    # Watching
+
+    async def _watch(self) -> None:
+        await self._opened.wait()
+        loop, purged_at = asyncio.get_running_loop(), time.monotonic()
+        while not self._ending.is_set():
+            try:
+                await loop.run_in_executor(self._learning, self._look)
+                if time.monotonic() - purged_at > PURGE_SECONDS:
+                    purged_at = time.monotonic()
+                    await loop.run_in_executor(self._learning, self._purge)
+            except RetryLater as error:
+                logger.warning("watching: %s; trying again", error)
+            await asyncio.sleep(WATCH_SECONDS)
+
+    def _purge(self) -> None:
+        with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
+            purged = tx.purge()
+        for stream, count in purged.too_late.items():
+            self.metrics.labels.labels(stream, "too_late").inc(count)
+
+    def _look(self) -> None:
+        parts, metrics = self.parts, self.metrics
+        sizes = parts.store.sizes()
+        metrics.outbox.set(sizes["outbox"])
+        metrics.join_index.set(sizes["served"])
+        metrics.leading.set(1)
+        for topic, lag in parts.reader.lag().items():
+            metrics.consumer_lag.labels(topic).set(lag)
+        for stream, learner in parts.learners.items():
+            right, total = parts.store.accuracy(stream)
+            if total:
+                metrics.accuracy.labels(stream).set(right / total)
+            counts = parts.store.class_counts(stream, member_only=True)
+            metrics.set_bounded(metrics.replay_examples, stream, {name: float(n) for name, n in counts.items()})
+            metrics.classes.labels(stream).set(len(learner.sums.counts))
+            metrics.serving(stream, learner.serving.name)
+            forgetting = self._forgetting(stream)
+            metrics.set_bounded(metrics.forgetting, stream, forgetting)
+            drifting = self._look_at_drift(stream, parts.drift[stream])
+            parts.trainer.watch(
+                stream,
+                drifting=drifting,
+                worst_forgetting=max(forgetting.values(), default=0.0),
+                budget=parts.budgets[stream],
+            )
+
+    def _forgetting(self, stream: str) -> dict[str, float]:
+        """Best recall so far minus recall now, by class, of what was served."""
+        store = self.parts.store
+        now = {
+            name: right / total
+            for name, (right, total) in store.recalls(stream, last=RECALL_WINDOW).items()
+            if total >= RECALL_MINIMUM
+        }
+        best = store.best_recall(stream)
+        better = {name: recall for name, recall in now.items() if recall > best.get(name, 0.0)}
+        if better:
+            with store.transaction(self.parts.epoch, self._clock()) as tx:
+                tx.raise_best_recall(stream, better)
+        return {name: max(0.0, max(best.get(name, 0.0), recall) - recall) for name, recall in now.items()}
+
+    def _look_at_drift(self, stream: str, monitor: DriftMonitor) -> bool:
+        """Whether a drift was found since the last look."""
+        found = False
+        for kind in DRIFT_KINDS:
+            self.metrics.drift_score.labels(stream, kind).set(monitor.score(kind))
+            self.metrics.drift_state.labels(stream, kind).set(int(monitor.state(kind)))
+            new = monitor.drifts(kind) - self._drifts.get((stream, kind), 0)
+            if new > 0:
+                self._drifts[stream, kind] = monitor.drifts(kind)
+                self.metrics.drifts.labels(stream, kind).inc(new)
+                found = True
+        return found
+
+    # Control
+
+    async def _take(self, value: bytes, headers: Mapping[str, bytes]) -> None:
+        """One message of the control topic."""
+        await self._opened.wait()
+        try:
+            request = self._gate.admit(value, headers)
+        except Refused as refusal:
+            logger.warning("a control message is refused: %s", refusal)
+            self.metrics.control.labels("unknown", "refused").inc()
+            return
+        await self.act(request)
+
+    async def act(self, request: ControlRequest) -> ControlAnswer:
+        """Do what is asked, or say why not; either way the audit topic is told."""
+        await self._opened.wait()
+        loop = asyncio.get_running_loop()
+        answer: ControlAnswer = await loop.run_in_executor(self._learning, self._act, request)
+        return answer
+
+    def _act(self, request: ControlRequest) -> ControlAnswer:
+        try:
+            accepted, message = True, self._do(request)
+        except (Refused, BrokenVersion) as refusal:
+            accepted, message = False, str(refusal)
+        answer = ControlAnswer(
+            id=request.id,
+            action=request.action,
+            stream=request.stream,
+            accepted=accepted,
+            message=message,
+            who=request.who,
+            reason=request.reason,
+        )
+        self.metrics.control.labels(request.action, "accepted" if accepted else "refused").inc()
+        logger.info("control: %s %s by %s: %s", request.action, request.stream, request.who or "unnamed", message)
+        with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
+            tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
+        return answer
+
+    def _do(self, request: ControlRequest) -> str:
+        parts, now = self.parts, self._clock()
+        learner = parts.learners.get(request.stream)
+        if learner is None:
+            raise Refused(f"stream {request.stream!r} is not configured (known: {', '.join(sorted(parts.learners))})")
+        match request.action:
+            case "retrain":
+                return parts.trainer.request(request.stream, "hand", request.reason)
+            case "pause":
+                learner.pause(now)
+                return f"{learner.serving.name} stays in service until learning is resumed"
+            case "resume":
+                learner.resume(now)
+                return f"{learner.serving.name} is in service and follows the labels"
+        return self._put_in_service(request, learner, now)
+
+    def _put_in_service(self, request: ControlRequest, learner: OnlineLearner, now: datetime) -> str:
+        parts = self.parts
+        name = request.version or self._predecessor(request.stream, learner)
+        if "." in name:
+            if request.action == "promote":
+                raise Refused(f"{name} is a revision; roll back to it, or promote its version {name.partition('.')[0]}")
+            learner.serve_revision(name, now)
+            self.metrics.versions.labels(request.stream, "rolled_back").inc()
+            return f"{name} is in service again; learning is paused until it is resumed"
+        manifest = parts.registry.verify(request.stream, name)
+        if request.action == "promote" and manifest.verdict and not manifest.verdict.promote and not request.force:
+            why = "; ".join(manifest.verdict.reasons)
+            raise Refused(f"{name} did not pass its exam ({why}); force it with --force, which the audit records")
+        cause = f"{request.action} by {request.who or 'hand'}{': ' + request.reason if request.reason else ''}"
+        learner.put_in_service(manifest, {}, cause, now)
+        outcome = "rolled_back" if request.action == "rollback" else "promoted"
+        self.metrics.versions.labels(request.stream, outcome).inc()
+        return f"{learner.serving.name} is in service"
+
+    def _predecessor(self, stream: str, learner: OnlineLearner) -> str:
+        for reign in self.parts.store.champions(stream):
+            if f"v{reign.version}" != learner.version:
+                return f"v{reign.version}"
+        raise Refused(f"{learner.version} is the first version of stream {stream!r}; there is none to roll back to")
+
+    # Pages
+
+    def _status(self, stream: str) -> dict[str, Any]:
+        parts = self.parts
+        learner, course = parts.learners[stream], parts.trainer.courses[stream]
+        right, total = parts.store.accuracy(stream)
+        progress = course.progress
+        return {
+            "stream": stream,
+            "serving": learner.serving.name,
+            "version": learner.version,
+            "paused": learner.paused,
+            "held": learner.held,
+            "outbox": parts.store.sizes()["outbox"],
+            "classes": len(learner.sums.counts),
+            "labels_learned": learner.sums.total,
+            "accuracy": right / total if total else None,
+            "scored": total,
+            "drift": {k: parts.drift[stream].state(k).name.lower() for k in DRIFT_KINDS},
+            "fine_tune": {
+                "running": course.running,
+                "requested": len(course.requested),
+                "labels_since": course.labels_since,
+                "progress": progress.model_dump() if progress else None,
+            },
+        }
+
+    def _versions(self, stream: str) -> list[dict[str, Any]]:
+        return [
+            {
+                "version": f"v{row.number}",
+                "state": row.state,
+                "parent": None if row.parent is None else f"v{row.parent}",
+                "created_at": row.created_at,
+                **row.detail,
+            }
+            for row in self.parts.store.versions(stream)
+        ]
+
+    def _classes(self, stream: str) -> list[dict[str, Any]]:
+        store = self.parts.store
+        best, counts = store.best_recall(stream), self.parts.learners[stream].sums.counts
+        recalls = store.recalls(stream, last=RECALL_WINDOW)
+        return [
+            {
+                "class": name,
+                "labels_learned": counts.get(name, 0),
+                "recall": recalls[name][0] / recalls[name][1] if name in recalls else None,
+                "scored": recalls[name][1] if name in recalls else 0,
+                "best_recall": best.get(name),
+                "first_seen": first,
+            }
+            for name, first in store.classes(stream).items()
+        ]
+
+    def _add_pages(self) -> None:
+        learner, app, shell = self, self.shell.app, self.shell
+        readers: dict[str, Callable[[str], Any]] = {
+            "status": self._status,
+            "versions": self._versions,
+            "classes": self._classes,
+        }
+
+        async def read(view: Any, stream: str, what: str) -> Any:
+            if not learner._opened.is_set():
+                return shell.json(view, {"error": "starting"}, 503)
+            if stream not in learner.parts.learners:
+                return shell.json(view, {"error": f"stream {stream!r} is not configured"}, 404)
+            if what not in readers:
+                return shell.json(view, {"error": f"there is no page {what!r}"}, 404)
+            found = await asyncio.get_running_loop().run_in_executor(learner._learning, readers[what], stream)
+            return shell.json(view, found)
+
+        @app.page("/streams")  # type: ignore[untyped-decorator]
+        async def streams(view: Any, request: Any) -> Any:
+            if not learner._opened.is_set():
+                return shell.json(view, {"error": "starting"}, 503)
+            loop = asyncio.get_running_loop()
+            names: Sequence[str] = sorted(learner.parts.learners)
+            return shell.json(
+                view, [await loop.run_in_executor(learner._learning, learner._status, name) for name in names]
+            )
+
+        @app.page("/streams/{stream}")  # type: ignore[untyped-decorator]
+        async def one(view: Any, request: Any, stream: str) -> Any:
+            return await read(view, stream, "status")
+
+        @app.page("/streams/{stream}/{what}")  # type: ignore[untyped-decorator]
+        class Page(View):  # type: ignore[misc]
+            async def get(self, request: Any, stream: str, what: str) -> Any:
+                return await read(self, stream, what)
+
+            async def post(self, request: Any, stream: str, what: str) -> Any:
+                # A browser sends no such type across sites without asking first, so a foreign page cannot act.
+                if request.content_type != "application/json":
+                    return shell.json(self, {"error": "send application/json"}, 415)
+                if not shell.authorised(request):
+                    return shell.json(self, {"error": "the bearer token is missing or wrong"}, 401)
+                try:
+                    body = json.loads(await request.text() or "{}")
+                    asked = ControlRequest.model_validate({**body, "action": what, "stream": stream})
+                except ValueError as error:
+                    return shell.json(self, {"error": str(error)}, 400)
+                answer = await learner.act(asked)
+                return shell.json(self, answer.model_dump(mode="json"), 202 if answer.accepted else 409)
+
+    async def _drain(self) -> None:
+        """Finish the step, stop training, send what is still to be sent, leave the group."""
+        self._ending.set()
+        loop = asyncio.get_running_loop()
+        if self._parts is None:
+            return
+        try:
+            await asyncio.wait_for(self._joining_ended.wait(), timeout=30)
+        except TimeoutError:
+            logger.warning("a batch was still being joined after 30 s; it will be joined again")
+        await loop.run_in_executor(None, self.parts.trainer.stop)
+        try:
+            await loop.run_in_executor(self._sending, self.parts.outbox.send)
+        except TrimtabError as error:
+            logger.warning("%s; it is sent by the next learner", error)
+        await loop.run_in_executor(self._reading, self.parts.reader.close)
+        self.parts.store.close()

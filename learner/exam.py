@@ -1,0 +1,569 @@
+"""The exam: may a candidate take the champion's place, class by class, on examples never trained on?
+
+Both models answer the same examples, so only the answers that changed carry evidence. For one class, let
+`lost` be the examples that only the champion has right and `gained` those that only the candidate has.
+Were the two equally good, each changed answer would be lost or gained with probability 1/2, and the chance
+of `lost` or more of them is an exact one-sided sign test (McNemar 1947). Each class comes out as one of
+
+- *worse*: the test is significant after correction for the number of classes, and recall fell by more than
+  the budget; or the class collapsed: the candidate has none of it right where the champion had most.
+- *not worse*: with the stated confidence recall fell by less than the budget (Newcombe 1998, "Improved
+  confidence intervals for the difference between binomial proportions based on paired data",
+  Statistics in Medicine 17, method 10, one-sided).
+- *not enough*: the examples tell neither. With a budget of 0.05, fewer than 52 show at best that recall rose.
+
+The correction is Holm's (1979), over the classes for which enough answers changed that the test could be
+significant at all (Tarone 1990, "A modified Bonferroni method for discrete data", Biometrics 46). How many
+changed says nothing of their direction, so this choice is free, and it is what lets one lost class be seen
+among 150. Classes with fewer examples than that are judged together as well, as a pooled group.
+Which classes those are depends on their number of examples alone; choosing them by their result would bias it.
+
+The chance that a candidate as good as the champion is refused is `alpha` at most: half of it is spent on the
+classes, a quarter on accuracy, a quarter on the pooled group. Collapsed classes come on top, on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from scipy.special import betainc, ndtri
+
+Outcome = Literal["worse", "not_worse", "not_enough"]
+NAMED = 10
+"""How many classes a reason names before it counts the rest."""
+
+
+class ExamSettings(BaseModel):
+    """What a candidate must show."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: float = Field(default=0.05, ge=0, le=1, description="largest fall of a class's recall that is allowed")
+    pooled_budget: float = Field(
+        default=0.02, ge=0, le=1, description="largest fall of the recall of all small classes together"
+    )
+    alpha: float = Field(
+        default=0.05, gt=0, le=0.5, description="chance at most that a candidate as good as the champion is refused"
+    )
+    confidence: float = Field(default=0.95, ge=0.5, lt=1, description="one-sided confidence of every stated bound")
+    collapse_examples: int = Field(
+        default=3,
+        ge=1,
+        description="a class with as many examples may be found collapsed: the candidate has none right",
+    )
+    collapse_always: int = Field(
+        default=5, ge=1, description="... with as many it always is, with fewer unless losses are common in all classes"
+    )
+    collapse_recall: float = Field(default=0.5, ge=0, lt=1, description="... and the champion more than this share")
+    minimum_examples: int = Field(default=1, ge=1, description="fewer examples in all, and nothing is promoted")
+    require_improvement: bool = Field(
+        default=False, description="promote only what is significantly better, not what is as good"
+    )
+
+    @property
+    def judged_from(self) -> int:
+        """The fewest examples with which a class whose answers are all as they were comes out as not worse."""
+        if self.budget in (0.0, 1.0):
+            return 1 if self.budget else 10**9
+        z2 = float(ndtri(self.confidence)) ** 2
+        return math.ceil(z2 * (1 - self.budget) / self.budget)
+
+
+class ClassOutcome(BaseModel):
+    """One class, or the pooled group, in an exam.
+
+    Args:
+        label: the class.
+        n: its examples.
+        lost: those that only the champion has right.
+        gained: those that only the candidate has right.
+        p_value: exact one-sided p of "the candidate is no worse", not corrected for the number of classes.
+        fall: champion's recall minus the candidate's.
+        fall_bound: the fall is below this with the settings' confidence.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    label: str
+    n: int
+    lost: int
+    gained: int
+    champion_recall: float
+    candidate_recall: float
+    p_value: float
+    fall_bound: float
+    outcome: Outcome
+
+    @property
+    def fall(self) -> float:
+        """How far recall fell; negative where it rose."""
+        return self.champion_recall - self.candidate_recall
+
+
+class PooledOutcome(BaseModel):
+    """All classes with fewer than `ExamSettings.judged_from` examples, together; fields as in `ClassOutcome`.
+
+    Args:
+        classes: how many classes are in it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    classes: int
+    n: int
+    lost: int
+    gained: int
+    champion_recall: float
+    candidate_recall: float
+    p_value: float
+    fall_bound: float
+    outcome: Outcome
+
+    @property
+    def fall(self) -> float:
+        """How far the recall of all its examples fell; negative where it rose."""
+        return self.champion_recall - self.candidate_recall
+
+
+class Verdict(BaseModel):
+    """The outcome of an exam, with all its numbers; kept in the version's manifest.
+
+    Args:
+        reasons: in words, what decided first.
+        n: examples.
+        accuracy_p_value: exact one-sided p of "the candidate is no worse".
+        accuracy_fall_bound: accuracy fell by less than this with the settings' confidence.
+        classes: every class of the exam, sorted.
+        judged: the classes that came out as worse or not worse.
+        unjudged: the classes whose examples were not enough, and known classes without any.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    promote: bool
+    reasons: list[str]
+    n: int
+    champion_accuracy: float
+    candidate_accuracy: float
+    accuracy_p_value: float
+    accuracy_fall_bound: float
+    classes: list[ClassOutcome]
+    pooled: PooledOutcome | None
+    judged: list[str]
+    unjudged: list[str]
+    settings: ExamSettings
+
+
+def examine(
+    labels: Sequence[str],
+    champion: Sequence[str | None],
+    candidate: Sequence[str | None],
+    *,
+    champion_classes: Collection[str] = (),
+    candidate_classes: Collection[str] | None = None,
+    settings: ExamSettings | None = None,
+) -> Verdict:
+    """Judge a candidate by both models' answers to the same examples. Pure.
+
+    Args:
+        labels: the n true classes.
+        champion: the champion's n answers; None where it had none.
+        candidate: the candidate's n answers; None where it had none, or where a number in it was not finite,
+            which refuses it.
+        champion_classes: the classes that the champion can answer.
+        candidate_classes: the classes that the candidate can answer; one that lacks a class of the champion is
+            refused. None where they are not known.
+
+    Raises:
+        ValueError: the three sequences differ in length.
+    """
+    rules = settings or ExamSettings()
+    if not len(labels) == len(champion) == len(candidate):
+        raise ValueError(f"{len(labels)} labels, {len(champion)} and {len(candidate)} answers: all must be as many")
+    pairs = _pairs_by_class(labels, champion, candidate)
+    overall = _together(pairs.values())
+    classes = _judge_classes(pairs, rules)
+    pooled = _judge_pool([pair for pair in pairs.values() if pair.n < rules.judged_from], rules)
+
+    refusals = _unusable(overall, candidate, champion_classes, candidate_classes, rules)
+    refusals += _class_refusals(classes)
+    if overall.p_value <= rules.alpha / 4:
+        refusals.append(
+            f"accuracy fell significantly, from {overall.was:.1%} to {overall.now:.1%} on {overall.n} examples "
+            f"({overall.lost} lost, {overall.gained} gained, p = {overall.p_value:.2g})"
+        )
+    if pooled is not None and pooled.outcome == "worse":
+        refusals.append(
+            f"the {_count(pooled.classes, 'small class', 'small classes')} together fell from "
+            f"{pooled.champion_recall:.1%} to {pooled.candidate_recall:.1%} on {pooled.n} examples, beyond the "
+            f"budget of {rules.pooled_budget:.1%} (p = {pooled.p_value:.2g})"
+        )
+    if rules.require_improvement and overall.n and overall.p_value_better > rules.alpha:
+        refusals.append(
+            f"accuracy did not improve significantly: from {overall.was:.1%} to {overall.now:.1%} "
+            f"(p = {overall.p_value_better:.2g}), and the settings require it"
+        )
+    silent = sorted((set(champion_classes) | set(candidate_classes or ())) - set(pairs))
+    unjudged = sorted({outcome.label for outcome in classes if outcome.outcome == "not_enough"} | set(silent))
+    bound = overall.bound(rules.confidence)
+    return Verdict(
+        promote=not refusals,
+        reasons=refusals or _grounds(overall, bound, classes, pooled, unjudged, rules),
+        n=overall.n,
+        champion_accuracy=overall.was,
+        candidate_accuracy=overall.now,
+        accuracy_p_value=overall.p_value,
+        accuracy_fall_bound=bound,
+        classes=classes,
+        pooled=pooled,
+        judged=[outcome.label for outcome in classes if outcome.outcome != "not_enough"],
+        unjudged=unjudged,
+        settings=rules,
+    )
+
+
+class GuardSettings(BaseModel):
+    """When a revision is held instead of announced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    budget: float = Field(default=0.05, ge=0, le=1, description="largest fall of a class's recall that is allowed")
+    alpha: float = Field(
+        default=0.001, gt=0, le=0.5, description="chance at most that a revision as good as the last one is held"
+    )
+    collapse_examples: int = Field(
+        default=5, ge=1, description="a class with as many examples holds the revision when none is right any more"
+    )
+    share_jump: float = Field(
+        default=0.2, gt=0, le=1, description="largest rise of a class's share of the answers that is not borne out"
+    )
+    share_examples: int = Field(default=30, ge=1, description="shares are compared from as many examples on")
+
+
+def guard_revision(
+    labels: Sequence[str | None],
+    previous: Sequence[str | None],
+    new: Sequence[str | None],
+    *,
+    new_classes: Collection[str] = (),
+    settings: GuardSettings | None = None,
+) -> list[str]:
+    """Why a revision is to be held back; empty where it may be announced. Pure, and cheap enough for each one.
+
+    `previous` may be the answers of the revision announced last, which finds what broke just now, or those of
+    the version's own head, which also finds what slipped away in many small steps.
+
+    Args:
+        labels: the true class of each example of a small held set, or None for recent events without a label,
+            which only count towards the shares.
+        previous: the earlier head's answers.
+        new: the new head's answers; None where a number in it was not finite.
+        new_classes: classes that are only now being learned, whose share may rise.
+
+    Raises:
+        ValueError: the three sequences differ in length.
+    """
+    rules = settings or GuardSettings()
+    if not len(labels) == len(previous) == len(new):
+        raise ValueError(f"{len(labels)} labels, {len(previous)} and {len(new)} answers: all must be as many")
+    held = []
+    if (unanswered := sum(answer is None for answer in new)) > sum(answer is None for answer in previous):
+        held.append(f"{_count(unanswered, 'answer is', 'answers are')} missing or not finite")
+
+    known = [row for row in zip(labels, previous, new, strict=True) if row[0] is not None]
+    truth = [label for label, _, _ in known if label is not None]
+    pairs = _pairs_by_class(truth, [old for _, old, _ in known], [now for _, _, now in known])
+    exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
+    held += _class_refusals(_judge_classes(pairs, exam))
+
+    if len(labels) >= rules.share_examples:
+        before, after = Counter(previous), Counter(new)
+        for name in sorted(answer for answer in after if answer is not None and answer not in new_classes):
+            borne_out = max(0, pairs[name].gained - pairs[name].lost) if name in pairs else 0
+            rise = (after[name] - before[name] - borne_out) / len(labels)
+            if rise > rules.share_jump:
+                held.append(
+                    f"class {name!r} jumped from {before[name] / len(labels):.0%} to {after[name] / len(labels):.0%} "
+                    f"of the answers to {len(labels)} events, which their labels do not bear out"
+                )
+    return held
+
+
+class ForgettingTable(BaseModel):
+    """Each class's best recall so far and its recall now, both in [0, 1].
+
+    Forgetting is their difference (Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", section 3).
+
+    Args:
+        minimum: a recall from fewer examples than this is not noted: the best of many noisy numbers is too high.
+    """
+
+    best: dict[str, float] = {}
+    now: dict[str, float] = {}
+    minimum: int = 5
+
+    def note(self, right: Mapping[str, int], examples: Mapping[str, int]) -> None:
+        """Take one measurement: how many of each class's examples were answered right."""
+        for name, n in examples.items():
+            if n >= self.minimum:
+                self.now[name] = right.get(name, 0) / n
+                self.best[name] = max(self.best.get(name, 0.0), self.now[name])
+
+    def note_verdict(self, verdict: Verdict, promoted: bool) -> None:
+        """Take the recalls of an exam: the candidate's where it was promoted, else the champion's."""
+        recall = {c.label: (c.candidate_recall if promoted else c.champion_recall, c.n) for c in verdict.classes}
+        self.note({name: round(r * n) for name, (r, n) in recall.items()}, {name: n for name, (_, n) in recall.items()})
+
+    def forgetting(self) -> dict[str, float]:
+        """Best minus now of every class, never negative."""
+        return {name: max(0.0, best - self.now.get(name, 0.0)) for name, best in sorted(self.best.items())}
+
+    def worst(self, count: int = 20) -> tuple[dict[str, float], float]:
+        """The most forgotten classes, worst first, and the mean of all others (0 where there are none)."""
+        ranked = sorted(self.forgetting().items(), key=lambda item: (-item[1], item[0]))
+        rest = [value for _, value in ranked[count:]]
+        return dict(ranked[:count]), sum(rest) / len(rest) if rest else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pairs:
+    """Paired answers to n examples: both right, only the champion, only the candidate, neither."""
+
+    both: int
+    lost: int
+    gained: int
+    neither: int
+
+    def __add__(self, other: _Pairs) -> _Pairs:
+        return _Pairs(
+            self.both + other.both, self.lost + other.lost, self.gained + other.gained, self.neither + other.neither
+        )
+
+    @property
+    def n(self) -> int:
+        return self.both + self.lost + self.gained + self.neither
+
+    @property
+    def was(self) -> float:
+        return (self.both + self.lost) / self.n if self.n else 0.0
+
+    @property
+    def now(self) -> float:
+        return (self.both + self.gained) / self.n if self.n else 0.0
+
+    @property
+    def fall(self) -> float:
+        return (self.lost - self.gained) / self.n if self.n else 0.0
+
+    @property
+    def p_value(self) -> float:
+        return _at_least(self.lost, self.lost + self.gained)
+
+    @property
+    def p_value_better(self) -> float:
+        return _at_least(self.gained, self.lost + self.gained)
+
+    @property
+    def smallest_p_value(self) -> float:
+        """What the test would give had every changed answer been lost."""
+        return math.ldexp(1.0, -(self.lost + self.gained))
+
+    def bound(self, confidence: float) -> float:
+        """Upper bound of the fall: Newcombe's method 10, score intervals joined by the pairs' correlation."""
+        n = self.n
+        if not n:
+            return 1.0
+        z = float(ndtri(confidence))
+        _, upper = _wilson(self.both + self.lost, n, z)
+        lower, _ = _wilson(self.both + self.gained, n, z)
+        up, down = upper - self.was, self.now - lower
+        squares = up * up - 2 * self._correlation() * up * down + down * down
+        return min(1.0, self.fall + math.sqrt(max(0.0, squares)))
+
+    def _correlation(self) -> float:
+        margins = (
+            (self.both + self.lost)
+            * (self.gained + self.neither)
+            * (self.both + self.gained)
+            * (self.lost + self.neither)
+        )
+        if not margins:
+            return 0.0
+        cross = float(self.both * self.neither - self.lost * self.gained)
+        return (max(0.0, cross - self.n / 2) if cross > 0 else cross) / math.sqrt(margins)
+
+
+def _pairs_by_class(
+    labels: Sequence[str], champion: Sequence[str | None], candidate: Sequence[str | None]
+) -> dict[str, _Pairs]:
+    counts = Counter(
+        (label, old == label, now == label) for label, old, now in zip(labels, champion, candidate, strict=True)
+    )
+    cells = ((True, True), (True, False), (False, True), (False, False))
+    return {name: _Pairs(*(counts[name, old, now] for old, now in cells)) for name in sorted(set(labels))}
+
+
+def _together(pairs: Iterable[_Pairs]) -> _Pairs:
+    return sum(pairs, start=_Pairs(0, 0, 0, 0))
+
+
+def _judge_classes(pairs: Mapping[str, _Pairs], rules: ExamSettings) -> list[ClassOutcome]:
+    overall = _together(pairs.values())
+    significant = _holm({name: pair for name, pair in pairs.items() if pair.lost + pair.gained}, rules.alpha / 2)
+    outcomes = []
+    for name, pair in pairs.items():
+        bound = pair.bound(rules.confidence)
+        outcome: Outcome = "not_enough"
+        if _collapsed(pair, overall, len(pairs), rules) or (name in significant and pair.fall > rules.budget):
+            outcome = "worse"
+        elif bound <= rules.budget:
+            outcome = "not_worse"
+        outcomes.append(
+            ClassOutcome(
+                label=name,
+                n=pair.n,
+                lost=pair.lost,
+                gained=pair.gained,
+                champion_recall=pair.was,
+                candidate_recall=pair.now,
+                p_value=pair.p_value,
+                fall_bound=bound,
+                outcome=outcome,
+            )
+        )
+    return outcomes
+
+
+def _collapsed(pair: _Pairs, overall: _Pairs, classes: int, rules: ExamSettings) -> bool:
+    """Whether the champion had most of a class right and the candidate has none.
+
+    Of three examples two or three go wrong by chance in one of 150 classes, if one answer in ten changes. So
+    with few examples the chance is asked for, at the rate at which right answers were lost in the other classes.
+    """
+    if pair.n < rules.collapse_examples or pair.now > 0 or pair.was <= rules.collapse_recall:
+        return False
+    if pair.n >= rules.collapse_always:
+        return True
+    lost, held = overall.lost - pair.lost, overall.lost + overall.both - pair.lost - pair.both
+    return classes * ((lost / held) ** pair.lost if held else 0.0) <= rules.alpha
+
+
+def _judge_pool(small: Sequence[_Pairs], rules: ExamSettings) -> PooledOutcome | None:
+    if not small:
+        return None
+    pool = _together(small)
+    bound = pool.bound(rules.confidence)
+    outcome: Outcome = "not_enough"
+    if pool.p_value <= rules.alpha / 4 and pool.fall > rules.pooled_budget:
+        outcome = "worse"
+    elif bound <= rules.pooled_budget:
+        outcome = "not_worse"
+    return PooledOutcome(
+        classes=len(small),
+        n=pool.n,
+        lost=pool.lost,
+        gained=pool.gained,
+        champion_recall=pool.was,
+        candidate_recall=pool.now,
+        p_value=pool.p_value,
+        fall_bound=bound,
+        outcome=outcome,
+    )
+
+
+def _holm(pairs: Mapping[str, _Pairs], alpha: float) -> set[str]:
+    """The classes whose test is significant: Holm's steps over the ones that Tarone's choice leaves."""
+    smallest = sorted(pair.smallest_p_value for pair in pairs.values())
+    divisor = 1
+    while sum(p <= alpha / divisor for p in smallest) > divisor:
+        divisor += 1
+    testable = sorted((pair.p_value, name) for name, pair in pairs.items() if pair.smallest_p_value <= alpha / divisor)
+    significant = set()
+    for step, (p, name) in enumerate(testable):
+        if p > alpha / (len(testable) - step):
+            break
+        significant.add(name)
+    return significant
+
+
+def _at_least(k: int, n: int) -> float:
+    """P(X >= k) for X of Bin(n, 1/2), exact to the last bits of a float."""
+    return float(betainc(k, n - k + 1, 0.5)) if k else 1.0
+
+
+def _wilson(k: int, n: int, z: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion k/n."""
+    z2 = z * z
+    middle = (k + z2 / 2) / (n + z2)
+    half = z / (n + z2) * math.sqrt(k * (n - k) / n + z2 / 4)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _unusable(
+    overall: _Pairs,
+    candidate: Sequence[str | None],
+    champion_classes: Collection[str],
+    candidate_classes: Collection[str] | None,
+    rules: ExamSettings,
+) -> list[str]:
+    reasons = []
+    if overall.n < rules.minimum_examples:
+        reasons.append(f"the exam has {overall.n} examples, at least {rules.minimum_examples} are needed")
+    if (silent := sum(answer is None for answer in candidate)) > 0:
+        reasons.append(f"the candidate gave no finite answer to {silent} of {overall.n} examples")
+    if candidate_classes is not None and (missing := sorted(set(champion_classes) - set(candidate_classes))):
+        reasons.append(f"the candidate cannot answer {_names(missing)}, which the champion knows")
+    return reasons
+
+
+def _class_refusals(classes: Sequence[ClassOutcome]) -> list[str]:
+    worse = sorted((c for c in classes if c.outcome == "worse"), key=lambda c: (-c.fall, c.label))
+    reasons = []
+    for c in worse[:NAMED]:
+        fell = f"from {round(c.champion_recall * c.n)} to {round(c.candidate_recall * c.n)} right of {c.n}"
+        if c.candidate_recall == 0:
+            reasons.append(f"class {c.label!r} is forgotten: {fell}")
+        else:
+            reasons.append(f"class {c.label!r} is worse: {fell} (p = {c.p_value:.2g}, significant among all classes)")
+    if len(worse) > NAMED:
+        reasons.append(f"and {len(worse) - NAMED} more classes are worse")
+    return reasons
+
+
+def _grounds(
+    overall: _Pairs,
+    bound: float,
+    classes: Sequence[ClassOutcome],
+    pooled: PooledOutcome | None,
+    unjudged: Sequence[str],
+    rules: ExamSettings,
+) -> list[str]:
+    sure = f"{rules.confidence:.0%} sure"
+    first = f"accuracy went from {overall.was:.1%} to {overall.now:.1%} on {overall.n} examples"
+    changed = f"({overall.lost} lost, {overall.gained} gained)"
+    reasons = [f"{first} {changed}; {sure} that it fell by no more than {max(0.0, bound):.1%}"]
+    if cleared := sum(c.outcome == "not_worse" for c in classes):
+        reasons.append(f"{_count(cleared, 'class is', 'classes are')} not worse within {rules.budget:.1%}, each {sure}")
+    if pooled is not None:
+        reasons.append(
+            f"{_count(pooled.classes, 'class', 'classes')} with fewer than {rules.judged_from} examples, together "
+            f"{pooled.n}, went from {pooled.champion_recall:.1%} to {pooled.candidate_recall:.1%}; {sure} that they "
+            f"fell by no more than {max(0.0, pooled.fall_bound):.1%} on average"
+        )
+    if unjudged:
+        reasons.append(f"could not be judged one by one: {_names(unjudged)}")
+    return reasons
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:NAMED])
+    return f"{shown} and {len(names) - NAMED} more" if len(names) > NAMED else shown
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"

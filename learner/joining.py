@@ -1,0 +1,220 @@
+"""One step of the learner: a batch of predictions and labels becomes one database transaction.
+
+::
+
+    decode ▸ what is known ▸ join ▸ read events back ▸ embed ▸ one transaction ▸ follow the ledger
+
+The batch's offsets move in that same transaction, from their expected old value, so the learner can be
+killed between any two of these steps: the batch is then joined again as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from learner.encoders import payload
+from learner.online import OnlineLearner
+from monitoring.drift import DriftMonitor
+from monitoring.metrics import Metrics
+from replay.store import Content, LearnerStore, Outgoing, Quarantined
+from stream.batches import Batch, Partition
+from stream.errors import DeadLetter, Reason
+from stream.events import Decoder, Label, Place, Prediction, Record
+from stream.join import Change, EventKey, Joined, join, touched
+from stream.lookback import Lookback
+from stream.worker import dead_letter, known_stream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class JoinTopics:
+    """The full names of the topics that joining reads and writes."""
+
+    predictions: str
+    labels: str
+    dead_letters: str
+
+
+class Joiner:
+    """Joins batches into the store.
+
+    Args:
+        store: the learner's database.
+        epoch: under which this learner owns it.
+        decoder: knows the streams.
+        lookback: reads events back from the log.
+        learners: by stream, whose encoder embeds what is learned and who follows the ledger.
+        drift: by stream, told of every answer and every score.
+        topics: names.
+        rules: by stream, how labellers who disagree are combined; see `stream.join.RULES`.
+        metrics: where outcomes are counted.
+        clock: the time, in UTC.
+    """
+
+    def __init__(
+        self,
+        store: LearnerStore,
+        epoch: int,
+        decoder: Decoder,
+        lookback: Lookback,
+        learners: Mapping[str, OnlineLearner],
+        drift: Mapping[str, DriftMonitor],
+        topics: JoinTopics,
+        rules: Mapping[str, str],
+        metrics: Metrics,
+        clock: Callable[[], datetime],
+    ) -> None:
+        self._store, self._epoch, self._decoder, self._lookback = store, epoch, decoder, lookback
+        self._learners, self._drift, self._topics, self._rules = learners, drift, topics, rules
+        self._metrics, self._clock = metrics, clock
+        self._offsets: dict[Partition, int] = {}
+
+    def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
+        """Where the store's offsets say that each partition is to be read from; told to the reader."""
+        self._offsets = self._store.offsets()
+        return {partition: self._offsets[partition] for partition in partitions if partition in self._offsets}
+
+    def step(self, batch: Batch) -> Counter[str]:
+        """Join one batch; returns, by stream, how many label outcomes changed what is learned.
+
+        Raises:
+            RetryLater: the broker or the database is away; nothing was kept, read the batch again.
+            Superseded: another learner owns the store.
+        """
+        now = self._clock()
+        predictions, labels, outgoing = self._decode(batch.records, now)
+        labels, quarantined = self._within_quota(labels, now)
+        known = self._store.known(touched(predictions, labels))
+        joined = join(known, predictions, labels, self._rules)
+        contents, too_late = self._contents(joined.changes)
+        moves = {p: (self._offsets.get(p), end) for p, end in batch.ends.items()}
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.advance(moves)
+            tx.record(joined)
+            reconciled = tx.reconcile(joined.changes, contents, too_late)
+            tx.quarantine(quarantined)
+            tx.send(outgoing)
+        self._offsets.update(batch.ends)
+        for learner in self._learners.values():
+            learner.follow()
+        self._count(joined, predictions, labels, quarantined, now)
+        learned: Counter[str] = Counter()
+        for (stream, outcome), count in reconciled.outcomes.items():
+            self._metrics.labels.labels(stream, outcome).inc(count)
+            if outcome in ("learned", "corrected", "withdrawn"):
+                learned[stream] += count
+        return learned
+
+    def _decode(
+        self, records: Sequence[Record], now: datetime
+    ) -> tuple[list[tuple[Prediction, Place]], list[tuple[Label, Place]], list[Outgoing]]:
+        predictions: list[tuple[Prediction, Place]] = []
+        labels: list[tuple[Label, Place]] = []
+        outgoing: list[Outgoing] = []
+        for record in records:
+            try:
+                if record.topic == self._topics.labels:
+                    labels.append((self._decoder.label(record), record.place))
+                else:
+                    predictions.append((self._decoder.prediction(record), record.place))
+            except DeadLetter as refusal:
+                self._metrics.dead_letters.labels(known_stream(self._decoder, record), refusal.reason).inc()
+                logger.info("dead letter %s[%d]@%d: %s", record.topic, record.partition, record.offset, refusal)
+                message = dead_letter(self._topics.dead_letters, refusal, record, now)
+                outgoing.append(Outgoing(message.topic, message.key, message.value, message.headers))
+        return predictions, labels, outgoing
+
+    def _within_quota(
+        self, labels: list[tuple[Label, Place]], now: datetime
+    ) -> tuple[list[tuple[Label, Place]], list[Quarantined]]:
+        """The labels to join, and those set aside because their class name is beyond the stream's bounds."""
+        kept: list[tuple[Label, Place]] = []
+        aside: list[Quarantined] = []
+        known: dict[str, set[str]] = {}
+        made_today: dict[str, int] = {}
+        for label, place in labels:
+            if label.label is None:
+                kept.append((label, place))
+                continue
+            stream = label.stream
+            if stream not in known:
+                known[stream] = set(self._store.classes(stream))
+                made_today[stream] = self._store.classes_created_on(stream, now.date())
+            if label.label not in known[stream]:
+                plan = self._learners[stream].plan
+                if len(known[stream]) >= plan.max_classes or made_today[stream] >= plan.max_new_classes_a_day:
+                    aside.append(Quarantined(label, place, str(Reason.CLASS_QUOTA)))
+                    continue
+                known[stream].add(label.label)
+                made_today[stream] += 1
+            kept.append((label, place))
+        return kept, aside
+
+    def _contents(self, changes: Sequence[Change]) -> tuple[dict[EventKey, Content], set[EventKey]]:
+        """What was read back and embedded, by event; and the events that the log no longer holds."""
+        wanted = [(change, change.desired.ref) for change in changes if change.needs_event and change.desired]
+        if not wanted:
+            return {}, set()
+        records = self._lookback.read(ref for _, ref in wanted)
+        too_late: set[EventKey] = set()
+        found: dict[str, list[tuple[EventKey, object]]] = defaultdict(list)
+        for change, ref in wanted:
+            record = records.get(ref)
+            event = None
+            if record is not None:
+                try:
+                    event = self._decoder.event(record)
+                except DeadLetter:
+                    event = None
+            # A topic that was deleted and made again has other events at the same places.
+            if event is None or (event.stream, event.event_id) != change.key:
+                too_late.add(change.key)
+            else:
+                plan = self._learners[change.stream].plan
+                found[change.stream].append((change.key, payload(event, plan.channels)))
+        contents: dict[EventKey, Content] = {}
+        for stream, members in found.items():
+            learner = self._learners[stream]
+            embeddings = learner.embed([content for _, content in members])  # type: ignore[misc]
+            for (key, content), embedding in zip(members, embeddings, strict=True):
+                self._drift[stream].update("input", learner.distance(embedding))
+                contents[key] = Content(content, embedding, learner.encoder_digest)  # type: ignore[arg-type]
+        return contents, too_late
+
+    def _count(
+        self,
+        joined: Joined,
+        predictions: Sequence[tuple[Prediction, Place]],
+        labels: Sequence[tuple[Label, Place]],
+        quarantined: Sequence[Quarantined],
+        now: datetime,
+    ) -> None:
+        metrics = self._metrics
+        for (stream, outcome), count in joined.label_outcomes.items():
+            metrics.labels.labels(stream, outcome).inc(count)
+        for (stream, outcome), count in joined.prediction_outcomes.items():
+            if outcome == "repeated_event":
+                metrics.repeated_events.labels(stream).inc(count)
+        for row in quarantined:
+            metrics.labels.labels(row.label.stream, "quarantined").inc()
+        for (stream, outcome), count in joined.first_scores.items():
+            metrics.scored.labels(stream, outcome).inc(count)
+        for score in joined.scores:
+            drift = self._drift.get(score.stream)
+            if drift is not None:
+                drift.update("error", 0.0 if score.right else 1.0)
+        for prediction, _ in predictions:
+            drift = self._drift.get(prediction.stream)
+            if drift is not None and prediction.label is not None:
+                drift.update("prediction", min(1.0, max(0.0, prediction.novelty)))
+        for label, _ in labels:
+            metrics.last_label.labels(label.stream).set(now.timestamp())
+        for change in joined.changes:
+            if change.desired is not None and change.learned is None:
+                delay = (change.desired.labelled_at - change.desired.observed_at).total_seconds()
+                metrics.label_delay.labels(change.stream).observe(max(0.0, delay))

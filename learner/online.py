@@ -1,0 +1,414 @@
+"""One stream's model as it is learned: the encoder in service, the head's sums, the revision announced last.
+
+Two lines move here. The *learning line* follows the ledger: every label changes the sums, and the head is
+solved from them. The *served line* is what was announced: usually the newest state of the learning line, but
+after a rollback to an exact revision it stays where it was put until learning is resumed.
+
+Nothing here commits offsets or joins; `learner.joining` writes the ledger that this follows.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from learner.encoders import Encoder, Payload, load_encoder
+from learner.exam import GuardSettings, guard_revision
+from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
+from learner.registry import Lineage, Pointer, Registry, VersionManifest
+from monitoring.metrics import Metrics
+from replay.store import LearnerStore, NotEmbedded, Outgoing, Transaction
+
+logger = logging.getLogger(__name__)
+
+GUARD_EXAMPLES = 1_000
+"""Exam examples that a revision is checked on: enough to see a class fall, few enough for every half second."""
+REFERENCE_EXAMPLES = 200
+"""Examples whose mean the input's drift is measured from."""
+SAVE_SUMS_EVERY = 20_000
+"""Ledger rows between two saved copies of the sums, which bound how many are followed at a start."""
+
+PACKAGES = ("torch", "transformers", "avalanche-lib", "numpy", "trimtab")
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What the learner must know of one stream.
+
+    Args:
+        name: the stream's name on the wire.
+        kind: `text` or `telemetry`.
+        channels: telemetry channels in the model's order.
+        base: builds the encoder that the first version has; called once in the stream's life.
+        prior: how a class's frequency counts in the head.
+        guard: what a revision must not do.
+        max_classes: the most class names the stream may ever have.
+        max_new_classes_a_day: the most class names that may be new on one day (UTC).
+    """
+
+    name: str
+    kind: Literal["text", "telemetry"]
+    channels: tuple[str, ...]
+    base: Callable[[], Encoder]
+    prior: Literal["uniform", "sqrt", "empirical"] = "sqrt"
+    guard: GuardSettings = field(default_factory=GuardSettings)
+    max_classes: int = 1_000
+    max_new_classes_a_day: int = 200
+
+
+class EncoderShelf:
+    """Encoders by digest, loaded once however many streams and versions share one, freed when none does."""
+
+    def __init__(self, registry: Registry, device: str) -> None:
+        self._registry, self._device = registry, device
+        self._loaded: weakref.WeakValueDictionary[str, Encoder] = weakref.WeakValueDictionary()
+
+    def get(self, digest: str) -> Encoder:
+        """The encoder that a spec's digest names.
+
+        Raises:
+            BrokenVersion: the registry does not have it whole.
+        """
+        encoder = self._loaded.get(digest)
+        if encoder is None:
+            spec, files = self._registry.encoder(digest)
+            encoder = load_encoder(spec, files, self._device)
+            self._loaded[digest] = encoder
+        return encoder
+
+
+@dataclass(frozen=True)
+class InService:
+    """Which revision answers a stream."""
+
+    version: str
+    revision: int
+    encoder: str
+    head: LinearHead | None
+
+    @property
+    def name(self) -> str:
+        """Such as `v12.3456`."""
+        return f"{self.version}.{self.revision}"
+
+
+class OnlineLearner:
+    """One stream's learning line and served line. Used by one thread; `serving` may be read from any.
+
+    Args:
+        plan: the stream.
+        store: the learner's database.
+        registry: where weights lie.
+        shelf: encoders already loaded.
+        epoch: under which this learner owns the store.
+        topic: the name of the `model-versions` topic.
+        metrics: where revisions and versions are counted.
+    """
+
+    def __init__(
+        self,
+        plan: StreamPlan,
+        store: LearnerStore,
+        registry: Registry,
+        shelf: EncoderShelf,
+        epoch: int,
+        topic: str,
+        metrics: Metrics,
+    ) -> None:
+        self.plan = plan
+        self._store, self._registry, self._shelf = store, registry, shelf
+        self._epoch, self._topic, self._metrics = epoch, topic, metrics
+        self._sequence = 0
+        self._seq = 0
+        self._saved_seq = 0
+        self._changed = False
+        self._held: list[str] = []
+        self._guard_set: tuple[npt.NDArray[np.float32], list[str]] | None = None
+        self._guarded_by = -1
+        self.version = ""
+        self.encoder_digest = ""
+        self.encoder: Encoder
+        self.sums: HeadSums
+        self.serving = InService("v0", 0, "", None)
+        self.paused = False
+
+    # Opening
+
+    def open(self, now: datetime) -> None:
+        """Go on from the store: its champion, its sums, its ledger. A new stream gets its first version."""
+        reign = self._store.champion(self.plan.name)
+        if reign is None:
+            self._found(now)
+        else:
+            self.version = f"v{reign.version}"
+            digest = self._store.encoder(self.plan.name)
+            if digest is None:
+                digest = self._registry.version(self.plan.name, self.version).encoder_digest
+            self._use(digest)
+        self._load_sums()
+        self.follow()
+        pinned = json.loads(self._store.recall(f"pinned/{self.plan.name}") or "null")
+        if pinned:
+            self.paused = True
+            self.serve_revision(pinned, now, pause=False)
+        else:
+            self._changed = True
+            self.announce(now, kind="champion", guard=False)
+
+    def _found(self, now: datetime) -> None:
+        encoder = self.plan.base()
+        spec = encoder.sealed()
+        digest = self._registry.put_encoder(spec, encoder.files())
+        name = self._registry.commit(
+            VersionManifest(
+                stream=self.plan.name,
+                created_at=now,
+                encoder=spec,
+                lineage=Lineage(strategy="base", packages=installed()),
+            )
+        )
+        with self._store.transaction(self._epoch, now) as tx:
+            number = tx.add_version(
+                self.plan.name, encoder=digest, head="", state="champion", number=int(name.removeprefix("v"))
+            )
+            tx.rebase(self.plan.name, digest, {})
+            tx.set_champion(self.plan.name, number, "base")
+        self._registry.set_champion(self.plan.name, name)
+        self.version = name
+        self._use(digest)
+
+    def _use(self, digest: str) -> None:
+        self.encoder = self._shelf.get(digest)
+        self.encoder_digest = digest
+        self._guard_set = None
+        self._reference = np.zeros(self.encoder.spec.dimension)
+        self._reference_count = 0
+
+    def _load_sums(self) -> None:
+        spec = self.encoder.spec
+        saved = self._store.sums(self.plan.name, self.encoder_digest)
+        if saved is None:
+            self._seq, self.sums = 0, HeadSums(spec.dimension, spec.bound)
+        else:
+            self._seq, self.sums = saved[0], HeadSums.from_tensors(load_tensors(saved[1]))
+        self._saved_seq = self._seq
+
+    # Learning
+
+    def embed(self, payloads: Sequence[Payload]) -> npt.NDArray[np.int16]:
+        """Embeddings (n, d) as the ledger keeps them, under the encoder of the learning line."""
+        return quantise(self.encoder.embed(payloads), self.encoder.spec.bound)
+
+    def distance(self, embedding: npt.NDArray[np.int16]) -> float:
+        """How far an embedding (d,) lies from the mean of the first ones seen here, for the input's drift."""
+        point = dequantise(embedding[None, :], self.encoder.spec.bound)[0].astype(np.float64)
+        if self._reference_count < REFERENCE_EXAMPLES:
+            self._reference_count += 1
+            self._reference += (point - self._reference) / self._reference_count
+        return float(np.linalg.norm(point - self._reference))
+
+    def follow(self) -> int:
+        """Take in what the ledger gained; returns how many rows that were."""
+        count = 0
+        while True:
+            rows = self._store.follow_ledger(self.plan.name, self.encoder_digest, self._seq)
+            if not len(rows):
+                break
+            self.sums.add(*rows.added)
+            self.sums.subtract(*rows.removed)
+            self._seq = rows.seq
+            count += len(rows)
+        self._changed = self._changed or count > 0
+        return count
+
+    def save(self, now: datetime) -> None:
+        """Keep the sums where many ledger rows were followed since they were kept last."""
+        if self._seq - self._saved_seq >= SAVE_SUMS_EVERY:
+            blob = save_tensors({n: np.ascontiguousarray(a) for n, a in self.sums.tensors().items()})
+            with self._store.transaction(self._epoch, now) as tx:
+                tx.save_sums(self.plan.name, self.encoder_digest, self._seq, blob)
+            self._saved_seq = self._seq
+
+    # Announcing
+
+    def announce(
+        self, now: datetime, *, kind: Literal["champion", "revision"] = "revision", guard: bool = True
+    ) -> bool:
+        """Solve the head and announce it, unless nothing changed, learning is paused, or the guard holds it.
+
+        Returns whether a new revision was announced.
+        """
+        if self.paused or not (self._changed or kind == "champion"):
+            return False
+        head = solve(self.sums, prior=self.plan.prior)
+        if guard and (reasons := self._guard(head)):
+            if reasons != self._held:
+                logger.warning("stream %s: a revision is held: %s", self.plan.name, "; ".join(reasons))
+                self._metrics.revisions.labels(self.plan.name, "held").inc()
+                self._held = reasons
+            return False
+        self._held = []
+        tensors = None if head is None else head.tensors()
+        digest = "" if tensors is None else self._registry.put_head(tensors)
+        with self._store.transaction(self._epoch, now) as tx:
+            revision = tx.add_revision(
+                self.plan.name, int(self.version.removeprefix("v")), head=digest, ledger_seq=self._seq
+            )
+            self._registry.put_revision(self.plan.name, self.version, revision, self.encoder_digest, tensors)
+            self._send(tx, kind, self.version, revision, self.encoder_digest, digest or None, now)
+        self.serving = InService(self.version, revision, self.encoder_digest, head)
+        self._changed = False
+        self._metrics.revisions.labels(self.plan.name, "announced").inc()
+        return True
+
+    @property
+    def held(self) -> list[str]:
+        """Why the newest revision is held back; empty where it is not."""
+        return list(self._held)
+
+    def _guard(self, head: LinearHead | None) -> list[str]:
+        before = self.serving.head
+        if head is None or before is None or self.serving.encoder != self.encoder_digest:
+            return []
+        embeddings, labels = self._guarding()
+        if not len(embeddings):
+            return []
+        new = sorted(set(head.classes) - set(before.classes))
+        return guard_revision(
+            labels,
+            before.predict(embeddings),
+            head.predict(embeddings),
+            new_classes=new,
+            settings=self.plan.guard,
+        )
+
+    def _guarding(self) -> tuple[npt.NDArray[np.float32], list[str]]:
+        """Exam examples under the learning line's encoder; read again when many were added."""
+        total = self.sums.total
+        if self._guard_set is None or total > self._guarded_by * 1.1 + 20:
+            rows = self._store.examples(self.plan.name, exam=True)
+            rows = sorted(rows, key=lambda row: row.priority)[:GUARD_EXAMPLES]
+            self._guarded_by = total
+            if rows:
+                stacked = np.stack([row.embedding for row in rows])
+                self._guard_set = (
+                    dequantise(stacked, self.encoder.spec.bound).astype(np.float32),
+                    [row.label for row in rows],
+                )
+            else:
+                self._guard_set = (np.empty((0, self.encoder.spec.dimension), np.float32), [])
+        return self._guard_set
+
+    def _send(
+        self,
+        tx: Transaction,
+        kind: Literal["champion", "version", "revision"],
+        version: str,
+        revision: int,
+        encoder: str,
+        head: str | None,
+        now: datetime,
+    ) -> None:
+        if kind != "version":
+            self._sequence += 1
+        pointer = Pointer(
+            kind=kind,
+            stream=self.plan.name,
+            version=version,
+            revision=revision,
+            encoder=encoder,
+            head=head,
+            epoch=self._epoch,
+            sequence=self._sequence,
+            announced_at=now,
+        )
+        tx.send([Outgoing(self._topic, pointer.key, pointer.encode())])
+
+    # Versions
+
+    def put_in_service(
+        self, manifest: VersionManifest, embeddings: Mapping[str, npt.NDArray[np.int16]], cause: str, now: datetime
+    ) -> None:
+        """Make a committed version the champion: its encoder, and the head of the store under it.
+
+        Labels that came while the version was made are in the store, so the head knows them too.
+
+        Args:
+            embeddings: by event id, under the version's encoder, as far as they are there already.
+        """
+        number = manifest.number
+        encoder = self._shelf.get(manifest.encoder_digest)
+        known = dict(embeddings)
+        while True:
+            try:
+                with self._store.transaction(self._epoch, now) as tx:
+                    if manifest.encoder_digest != self._store.encoder(self.plan.name):
+                        tx.rebase(self.plan.name, manifest.encoder_digest, known)
+                    tx.set_champion(self.plan.name, number, cause)
+                    tx.remember(f"pinned/{self.plan.name}", "null")
+                    self._send(tx, "version", manifest.name, 0, manifest.encoder_digest, manifest.head, now)
+                break
+            except NotEmbedded as error:
+                rows = self._store.examples(self.plan.name, event_ids=error.event_ids)
+                fresh = quantise(encoder.embed([row.payload for row in rows]), encoder.spec.bound)
+                known.update({row.event_id: embedding for row, embedding in zip(rows, fresh, strict=True)})
+        self._registry.set_champion(self.plan.name, manifest.name)
+        self.version = manifest.name
+        self.paused = False
+        self._use(manifest.encoder_digest)
+        self._load_sums()
+        self.follow()
+        self._changed = True
+        self.announce(now, kind="champion", guard=False)
+
+    def serve_revision(self, name: str, now: datetime, *, pause: bool = True) -> None:
+        """Serve one exact earlier revision, and keep it there until learning is resumed.
+
+        Raises:
+            BrokenVersion: the revision's head was pruned or is not whole.
+        """
+        ref = self._registry.revision(self.plan.name, name)
+        head = None if ref.head is None else LinearHead.from_tensors(self._registry.head(ref.head))
+        with self._store.transaction(self._epoch, now) as tx:
+            self._send(tx, "champion", ref.version, ref.revision, ref.encoder, ref.head, now)
+            if pause:
+                tx.remember(f"pinned/{self.plan.name}", json.dumps(name))
+        self.paused = True
+        self.serving = InService(ref.version, ref.revision, ref.encoder, head)
+
+    def pause(self, now: datetime) -> None:
+        """Keep serving what is served now, whatever is learned."""
+        if not self.paused:
+            with self._store.transaction(self._epoch, now) as tx:
+                tx.remember(f"pinned/{self.plan.name}", json.dumps(self.serving.name))
+            self.paused = True
+
+    def resume(self, now: datetime) -> None:
+        """Serve the newest state of the learning line again."""
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.remember(f"pinned/{self.plan.name}", "null")
+        self.paused = False
+        self._changed = True
+        self.announce(now, kind="champion", guard=False)
+
+
+def installed() -> dict[str, str]:
+    """The versions of the packages that a model's numbers depend on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

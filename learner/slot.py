@@ -1,0 +1,297 @@
+"""The slot: the one mutable reference to what answers each stream.
+
+A reader takes the reference once and holds what it took until its answers are written, so a swap, which puts
+another reference in its place, neither waits for readers nor changes an answer in flight::
+
+    predict:   serving = slot[stream] ──▶ encoder ──▶ head ──▶ answers, all named by `serving`
+    announce:  check pointer ──▶ load and check weights, beside ──▶ slot[stream] = new
+
+What went wrong before the last step leaves the slot as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from learner.encoders import Encoder, EncoderSpec, load_encoder, payload
+from learner.heads import LinearHead
+from learner.registry import BrokenVersion, Digest, Fault, Pointer, Registry
+from monitoring.metrics import Metrics
+from stream.errors import Misconfigured, RetryLater
+from stream.events import Event
+from stream.model import UNTAUGHT, Answer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Serving:
+    """What answers one stream. `pointer` is the announcement that put it here, None where it is pinned."""
+
+    name: str
+    pointer: Pointer | None
+    encoder: Encoder
+    head: LinearHead | None
+
+
+class Slot:
+    """Which revision answers each stream; implements `stream.model.Model`. Safe to use from many threads.
+
+    Args:
+        registry: where weights come from.
+        channels: the streams this process answers, each with its telemetry channels in order, none for text.
+        metrics: told of swaps, refusals and what is in service.
+        device: where the encoders run.
+        top_k: how many classes an answer names.
+        pin: revisions such as `v1.37`, by stream, that answer whatever is announced.
+        retry_seconds: how long to wait before weights that could not be fetched are asked for again.
+        clock: seconds since 1970.
+
+    Raises:
+        Misconfigured: a pinned stream is not known, or its revision cannot be loaded.
+        RetryLater: a pinned revision cannot be fetched now.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        channels: Mapping[str, Sequence[str]],
+        metrics: Metrics,
+        *,
+        device: str = "cpu",
+        top_k: int = 5,
+        pin: Mapping[str, str] | None = None,
+        retry_seconds: float = 5.0,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._registry = registry
+        self._channels = {stream: tuple(names) for stream, names in channels.items()}
+        self._metrics = metrics
+        self._device = device
+        self._top_k = top_k
+        self._retry_seconds = retry_seconds
+        self._clock = clock
+        self._serving: dict[str, _Serving] = {}
+        self._encoders: weakref.WeakValueDictionary[Digest, Encoder] = weakref.WeakValueDictionary()
+        self._waiting: dict[str, Pointer] = {}
+        self._catching_up = False
+        self._timer: threading.Timer | None = None
+        self._swapped = threading.Condition(threading.RLock())
+        self._pinned = frozenset(pin or ())
+        for stream, name in (pin or {}).items():
+            self._pin(stream, name)
+
+    def predict(self, stream: str, events: Sequence[Event]) -> list[Answer]:
+        """Answer events of one stream, in order, all by the revision in service at the call.
+
+        Raises:
+            ValueError: the encoder gave a number that is not finite, or an event does not fit it.
+        """
+        serving = self._serving.get(stream)
+        if serving is None:
+            return [UNTAUGHT] * len(events)
+        if serving.head is None or not events:
+            return [Answer(label=None, probabilities=(), novelty=1.0, model_version=serving.name)] * len(events)
+        channels = self._channels[stream]
+        embeddings = serving.encoder.embed([payload(event, channels) for event in events])
+        finite = np.isfinite(embeddings).all(axis=1)
+        if not finite.all():
+            event = events[int(np.argmin(finite))]
+            raise ValueError(f"{serving.name} gives event {event.event_id!r} an embedding that is not finite")
+        labels, probabilities, novelty = serving.head.answer(embeddings, self._top_k)
+        return [
+            Answer(
+                label=names[0],
+                probabilities=tuple(zip(names, shares, strict=True)),
+                novelty=new,
+                model_version=serving.name,
+            )
+            for names, shares, new in zip(labels, probabilities.tolist(), novelty.tolist(), strict=True)
+        ]
+
+    def announce(self, key: bytes, value: bytes | None) -> None:
+        """Take one message of `model-versions`: load what it names, here and now, and swap it in.
+
+        Old and repeated ones, other streams' and those of kind `version` change nothing. Neither does a broken one,
+        which is counted. Weights that cannot be fetched for now are asked for again until something newer is.
+        """
+        stream = _stream_of(key)
+        if stream not in self._channels or stream in self._pinned or value is None:
+            return
+        with self._swapped:
+            try:
+                pointer = Pointer.decode(key, value)
+            except BrokenVersion as error:
+                self._refuse(stream, error)
+                return
+            if pointer.kind == "version" or not pointer.after(self._newest(stream)):
+                return
+            self._waiting[stream] = pointer
+            if not self._catching_up:
+                self._load(stream)
+
+    @contextlib.contextmanager
+    def catching_up(self) -> Iterator[None]:
+        """While it is open, announcements are only compared; at its end the newest of each stream is loaded.
+
+        For reading the topic from its beginning, where most revisions were replaced long ago and their heads pruned.
+
+        Raises:
+            RetryLater: at the end, the weights of a stream that nothing answers yet cannot be fetched; the next
+                time goes on from there.
+        """
+        with self._swapped:
+            self._catching_up = True
+        try:
+            yield
+        finally:
+            with self._swapped:
+                self._catching_up = False
+                self.retry()
+        with self._swapped:
+            missing = sorted(set(self._waiting) - set(self._serving))
+        if missing:
+            names = ", ".join(f"{stream} ({self._waiting[stream].name})" for stream in missing)
+            raise RetryLater(f"the weights of {names} cannot be fetched from {self._registry.url}")
+
+    def retry(self) -> None:
+        """Ask again for weights that could not be fetched; a timer does so too."""
+        with self._swapped:
+            for stream in () if self._catching_up else list(self._waiting):
+                self._load(stream)
+
+    def revision(self, stream: str) -> str:
+        """What answers a stream, such as `v12.3456`; `v0.0` before anything was announced."""
+        serving = self._serving.get(stream)
+        return UNTAUGHT.model_version if serving is None else serving.name
+
+    def wait_ready(self, timeout: float | None = None) -> bool:
+        """Wait until every stream is answered by some revision; False where that took longer than `timeout` seconds."""
+        with self._swapped:
+            return self._swapped.wait_for(lambda: self._serving.keys() >= self._channels.keys(), timeout)
+
+    def close(self) -> None:
+        """Ask for nothing any more; what is in service goes on answering."""
+        with self._swapped:
+            self._waiting.clear()
+            if self._timer is not None:
+                self._timer.cancel()
+
+    def _newest(self, stream: str) -> Pointer | None:
+        waiting, serving = self._waiting.get(stream), self._serving.get(stream)
+        return waiting or (serving.pointer if serving is not None else None)
+
+    def _load(self, stream: str) -> None:
+        """Load what waits for a stream and swap it in, or leave everything as it is."""
+        pointer = self._waiting.pop(stream)
+        try:
+            self._swap(stream, self._fetch(stream, pointer.name, pointer.encoder, pointer.head, pointer))
+        except BrokenVersion as error:
+            self._refuse(stream, error)
+            if stream not in self._serving:
+                self._fall_back(stream, pointer)
+        except RetryLater as error:
+            logger.warning("stream %s: %s is waited for: %s", stream, pointer.name, error)
+            self._metrics.refused_versions.labels(stream, str(Fault.UNREACHABLE)).inc()
+            self._waiting[stream] = pointer
+            self._start_timer()
+
+    def _fall_back(self, stream: str, pointer: Pointer) -> None:
+        """After a start with a broken revision, answer with its version's own head rather than not at all."""
+        try:
+            own = self._registry.revision(stream, f"{pointer.version}.0")
+            self._swap(stream, self._fetch(stream, own.name, own.encoder, own.head, pointer))
+        except (BrokenVersion, RetryLater) as error:
+            logger.error("stream %s has nothing in service: %s", stream, error)
+        else:
+            logger.warning("stream %s: %s is served in place of %s", stream, own.name, pointer.name)
+
+    def _fetch(
+        self, stream: str, name: str, encoder_digest: Digest, head_digest: Digest | None, pointer: Pointer | None
+    ) -> _Serving:
+        what = f"revision {name} of stream {stream!r}"
+        encoder = self._encoder(encoder_digest, what)
+        _check_kind(encoder.spec, self._channels[stream], what)
+        head = None
+        if head_digest is not None:
+            tensors = self._registry.head(head_digest, what)
+            try:
+                head = LinearHead.from_tensors(tensors)
+            except (ValueError, KeyError, IndexError) as error:
+                raise BrokenVersion(what, Fault.MALFORMED, f"its head cannot be rebuilt: {error}", _REMEDY) from error
+            if head.dimension != encoder.spec.dimension:
+                detail = f"its head takes {head.dimension} dimensions, its encoder gives {encoder.spec.dimension}"
+                raise BrokenVersion(what, Fault.MISMATCH, detail, _REMEDY)
+        return _Serving(name, pointer, encoder, head)
+
+    def _encoder(self, digest: Digest, what: str) -> Encoder:
+        """The encoder with this digest: the one that some stream still holds, else a new one."""
+        encoder = self._encoders.get(digest)
+        if encoder is None:
+            spec, files = self._registry.encoder(digest, what)
+            try:
+                encoder = load_encoder(spec, files, self._device)
+            except Misconfigured as error:
+                raise BrokenVersion(what, Fault.MALFORMED, str(error), _REMEDY) from error
+            self._encoders[digest] = encoder
+        return encoder
+
+    def _swap(self, stream: str, serving: _Serving) -> None:
+        with self._swapped:
+            self._serving[stream] = serving  # one assignment: a reader sees the old one or the new one
+            self._metrics.swaps.labels(stream).inc()
+            self._metrics.serving(stream, serving.name, self._clock())
+            self._swapped.notify_all()
+
+    def _refuse(self, stream: str, error: BrokenVersion) -> None:
+        logger.error("stream %s stays at %s: %s", stream, self.revision(stream), error)
+        self._metrics.refused_versions.labels(stream, str(error.fault)).inc()
+
+    def _pin(self, stream: str, name: str) -> None:
+        if stream not in self._channels:
+            known = ", ".join(sorted(self._channels)) or "none"
+            raise Misconfigured(f"pin: stream {stream!r} is not configured (known: {known})")
+        try:
+            ref = self._registry.revision(stream, name)
+            self._swap(stream, self._fetch(stream, ref.name, ref.encoder, ref.head, None))
+        except BrokenVersion as error:
+            raise Misconfigured(f"pin: {error}") from error
+
+    def _start_timer(self) -> None:
+        if self._timer is None or not self._timer.is_alive() or self._timer is threading.current_thread():
+            self._timer = threading.Timer(self._retry_seconds, self.retry)
+            self._timer.daemon = True
+            self._timer.start()
+
+
+_REMEDY = "roll back to another version with `trimtab versions rollback`, or retrain"
+
+
+def _stream_of(key: bytes) -> str:
+    """The stream that a message key belongs to, or nothing where it is no key of ours."""
+    text = key.decode(errors="replace")
+    for kind in ("/champion", "/version/"):
+        stream, found, rest = text.rpartition(kind)
+        if found and (kind == "/version/" or not rest):
+            return stream
+    return ""
+
+
+def _check_kind(spec: EncoderSpec, channels: tuple[str, ...], what: str) -> None:
+    """Refuse an encoder that reads something else than the stream carries."""
+    wanted = "telemetry" if channels else "text"
+    if spec.kind != wanted:
+        detail = f"its encoder reads {spec.kind}, the stream carries {wanted}"
+        raise BrokenVersion(what, Fault.MISMATCH, detail, "check the stream's kind in the settings")
+    found = tuple(spec.config.get("channels", ()))
+    if found != channels:
+        detail = f"its encoder reads channels {', '.join(found)}, the stream has {', '.join(channels)}"
+        raise BrokenVersion(what, Fault.MISMATCH, detail, "give the channels in that order, or start a new stream")

@@ -1,0 +1,426 @@
+"""When a stream is fine-tuned, and what becomes of the candidate.
+
+::
+
+    trigger ──▶ snapshot ──▶ fine-tune (its own process) ──▶ exam ──▶ version ──▶ promoted, or refused
+       ▲            learning goes on meanwhile                              │
+       └── a trigger during a run is folded into the next one ◀─────────────┘
+
+One run at a time: the machine's cores belong to the stream first. Whatever happens to the child process,
+the served model is not touched; the run is kept with its reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from learner.exam import ExamSettings, Verdict, examine
+from learner.finetune import (
+    FineTuneFailed,
+    FineTuneJob,
+    FineTuneResult,
+    FineTuneSettings,
+    FineTuneStopped,
+    Progress,
+    run_finetune,
+)
+from learner.heads import HeadSums, LinearHead, dequantise, solve
+from learner.online import OnlineLearner, installed
+from learner.registry import Lineage, Registry, VersionManifest
+from monitoring.metrics import Metrics
+from replay.snapshot import write_snapshot
+from replay.store import Example, LearnerStore
+from stream.errors import TrimtabError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Cause = Literal["labels", "timer", "drift", "forgetting", "hand"]
+
+
+@dataclass(frozen=True)
+class Triggers:
+    """What sets off a fine-tune, beside a request by hand.
+
+    Args:
+        every_labels: after this many labels; None for never.
+        every_seconds: after this long; None for never.
+        drift: when the errors, the answers or the inputs drift.
+        forgetting: when a class falls below its best by more than the stream's budget.
+        minimum_labels: labels since the last run that a run by timer, drift or forgetting needs.
+        rest_seconds: shortest time between two runs.
+    """
+
+    every_labels: int | None = None
+    every_seconds: float | None = None
+    drift: bool = False
+    forgetting: bool = False
+    minimum_labels: int = 50
+    rest_seconds: float = 60.0
+
+
+@dataclass
+class Course:
+    """What the trainer knows of one stream."""
+
+    kind: Literal["text", "telemetry"]
+    finetune: FineTuneSettings
+    exam: ExamSettings
+    triggers: Triggers
+    requested: list[tuple[Cause, str]] = field(default_factory=list)
+    labels_since: int = 0
+    ended_at: float = float("-inf")
+    begun_at: float = 0.0
+    running: bool = False
+    run: int | None = None
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fine-tuned model with its head, before it is judged."""
+
+    result: FineTuneResult
+    head: LinearHead
+    snapshot: str
+    offsets: dict[str, int]
+
+
+class Trainer:
+    """Runs fine-tunes one after another in a thread of its own.
+
+    Args:
+        courses: by stream.
+        learners: by stream.
+        store: the learner's database.
+        registry: where candidates are committed.
+        epoch: under which the store is owned.
+        directory: where jobs are worked on; kept small.
+        learn: runs a function on the thread that owns the learners, and waits for it.
+        metrics: where progress and outcomes are counted.
+        clock: the time, in UTC.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    def __init__(
+        self,
+        courses: Mapping[str, Course],
+        learners: Mapping[str, OnlineLearner],
+        store: LearnerStore,
+        registry: Registry,
+        epoch: int,
+        directory: Path,
+        learn: Callable[[Callable[[], Any]], Future[Any]],
+        metrics: Metrics,
+        clock: Callable[[], datetime],
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+    ) -> None:
+        self.courses, self._learners = courses, learners
+        self._store, self._registry, self._epoch = store, registry, epoch
+        self._directory, self._learn, self._metrics, self._clock = directory, learn, metrics, clock
+        self._device = device
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="train", daemon=True)
+        started = time.monotonic()
+        for course in courses.values():
+            course.begun_at = started
+
+    def start(self) -> None:
+        """Report runs that a crash cut off, and begin to listen for triggers."""
+        now = self._clock()
+        for run in self._store.runs(states={"running"}):
+            with self._store.transaction(self._epoch, now) as tx:
+                tx.unmark_trained(run.id)
+                tx.update_run(run.id, state="failed", finished=True, detail={"reason": "the learner ended meanwhile"})
+            self._metrics.versions.labels(run.stream, "failed").inc()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the run that is going, if any, and the thread."""
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=30)
+
+    # Triggers
+
+    def request(self, stream: str, cause: Cause, why: str = "") -> str:
+        """Ask for a fine-tune; the answer says when it will begin."""
+        course = self.courses[stream]
+        with self._lock:
+            folded = bool(course.requested)
+            course.requested.append((cause, why))
+            running = course.running
+        self._metrics.triggers.labels(stream, cause).inc()
+        self._wake.set()
+        if running:
+            return "a fine-tune is running; this request is folded into the next one, which begins when it has ended"
+        if folded:
+            return "a fine-tune was asked for already; this request is folded into it"
+        others = [name for name, other in self.courses.items() if other.running]
+        if others:
+            return f"it begins when the fine-tune of stream {others[0]!r} has ended"
+        return "it begins now"
+
+    def learned(self, stream: str, labels: int) -> None:
+        """Count what was learned, and request a fine-tune once it is enough."""
+        course = self.courses[stream]
+        course.labels_since += labels
+        every = course.triggers.every_labels
+        if every is not None and course.labels_since >= every:
+            self._trigger(stream, "labels", f"{course.labels_since} labels")
+
+    def watch(self, stream: str, *, drifting: bool, worst_forgetting: float, budget: float) -> None:
+        """Look at the clock, at drift and at forgetting; called every few seconds."""
+        course = self.courses[stream]
+        triggers = course.triggers
+        if course.labels_since < triggers.minimum_labels:
+            return
+        since = time.monotonic() - max(course.ended_at, course.begun_at)
+        if triggers.every_seconds is not None and since >= triggers.every_seconds:
+            self._trigger(stream, "timer", f"{since:.0f} s since the last")
+        elif triggers.drift and drifting:
+            self._trigger(stream, "drift", "drift was found")
+        elif triggers.forgetting and worst_forgetting > budget:
+            self._trigger(stream, "forgetting", f"a class is {worst_forgetting:.2f} below its best")
+
+    def _trigger(self, stream: str, cause: Cause, why: str) -> None:
+        course = self.courses[stream]
+        resting = time.monotonic() - course.ended_at < course.triggers.rest_seconds
+        if course.running or course.requested or resting:
+            return
+        self.request(stream, cause, why)
+
+    # Runs
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(1.0)
+            self._wake.clear()
+            for stream in list(self.courses):
+                if not self._stop.is_set() and self._take(stream):
+                    self._run(stream)
+
+    def _take(self, stream: str) -> bool:
+        course = self.courses[stream]
+        with self._lock:
+            course.running = bool(course.requested)
+        return course.running
+
+    def _run(self, stream: str) -> None:
+        course = self.courses[stream]
+        with self._lock:
+            causes, course.requested = course.requested, []
+        cause = causes[0][0]
+        why = "; ".join(f"{c}: {w}" if w else c for c, w in causes)
+        began = time.monotonic()
+        self._metrics.finetune_running.labels(stream).set(1)
+        self._metrics.finetune_progress.labels(stream).set(0)
+        outcome = "failed"
+        try:
+            outcome = self._fine_tune(stream, course, cause, why)
+        except FineTuneStopped:
+            logger.info("stream %s: the fine-tune was stopped", stream)
+            self._end_run(course, "stopped", "the learner is ending")
+        except (TrimtabError, OSError, ValueError) as error:
+            logger.error("stream %s: the fine-tune came to nothing: %s", stream, error)
+            self._metrics.versions.labels(stream, "failed").inc()
+            self._end_run(course, "failed", str(error))
+        except Exception as error:
+            logger.exception("stream %s: the fine-tune came to nothing", stream)
+            self._metrics.versions.labels(stream, "failed").inc()
+            self._end_run(course, "failed", f"{type(error).__name__}: {error}")
+        finally:
+            seconds = time.monotonic() - began
+            course.ended_at, course.running, course.progress, course.run = time.monotonic(), False, None, None
+            self._metrics.finetune_running.labels(stream).set(0)
+            self._metrics.finetune_seconds.labels(stream).observe(seconds)
+            logger.info("stream %s: fine-tune (%s) ended as %s after %.0f s", stream, why, outcome, seconds)
+
+    def _end_run(self, course: Course, state: str, reason: str) -> None:
+        run = course.run
+        if run is None:
+            return
+
+        def write() -> None:
+            with self._store.transaction(self._epoch, self._clock()) as tx:
+                tx.unmark_trained(run)
+                tx.update_run(run, state=state, finished=True, detail={"reason": reason})
+
+        try:
+            self._learn(write).result()
+        except Exception:
+            logger.exception("the end of run %s could not be written", run)
+
+    def _fine_tune(self, stream: str, course: Course, cause: Cause, why: str) -> str:
+        learner = self._learners[stream]
+        job, rows, digest, offsets = self._learn(lambda: self._prepare(stream, course, cause, why)).result()
+        result = run_finetune(job, lambda progress: self._on_progress(stream, course, progress), self._stop.is_set)
+        head = self._candidate_head(result, rows, learner)
+        candidate = Candidate(result, head, digest, offsets)
+        verdict = self._examine(learner, rows, candidate, course.exam)
+        outcome: str = self._learn(lambda: self._conclude(stream, course, candidate, verdict, cause)).result()
+        if outcome == "promoted":
+            self._keep_state(stream, result)
+        shutil.rmtree(job.directory, ignore_errors=True)
+        return outcome
+
+    def _prepare(
+        self, stream: str, course: Course, cause: Cause, why: str
+    ) -> tuple[FineTuneJob, list[Example], str, dict[str, int]]:
+        """Freeze what there is to learn from; on the learners' thread, so that nothing moves meanwhile."""
+        learner, now = self._learners[stream], self._clock()
+        with self._store.transaction(self._epoch, now) as tx:
+            run = tx.add_run(stream, cause, state="running", detail={"why": why})
+            tx.update_run(run, state="running", started=True)
+        course.run = run
+        course.labels_since = 0
+        training = self._store.experience(stream)
+        exam = self._store.examples(stream, exam=True)
+        if not training:
+            raise FineTuneFailed("there is nothing to learn from yet")
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.mark_trained(stream, run, [row.event_id for row in training])
+        directory = self._directory / stream / f"run-{run}"
+        shutil.rmtree(directory, ignore_errors=True)
+        rows = [*training, *exam]
+        digest = write_snapshot(rows, directory / "snapshot", course.kind)
+        spec, files = self._registry.encoder(learner.encoder_digest)
+        state = self._directory / stream / "state"
+        job = FineTuneJob(
+            stream=stream,
+            directory=directory,
+            snapshot=directory / "snapshot",
+            encoder=spec,
+            encoder_files=files,
+            state=state if state.exists() else None,
+            settings=course.finetune,
+            device=self._device,
+        )
+        offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in self._store.offsets().items()}
+        return job, rows, digest, offsets
+
+    def _on_progress(self, stream: str, course: Course, progress: Progress) -> None:
+        course.progress = progress
+        if progress.total:
+            self._metrics.finetune_progress.labels(stream).set(progress.done / progress.total)
+
+    def _candidate_head(self, result: FineTuneResult, rows: list[Example], learner: OnlineLearner) -> LinearHead:
+        embeddings = result.by_event()
+        taught = [row for row in rows if not row.exam]
+        sums = HeadSums(result.encoder.dimension, result.encoder.bound)
+        sums.add(np.stack([embeddings[row.event_id] for row in taught]), [row.label for row in taught])
+        head = solve(sums, prior=learner.plan.prior)
+        if head is None:
+            raise FineTuneFailed("no class is left to learn")
+        return head
+
+    def _examine(
+        self, learner: OnlineLearner, rows: list[Example], candidate: Candidate, settings: ExamSettings
+    ) -> Verdict:
+        """Both models answer the exam's examples; the champion with the head it serves now."""
+        exam = [row for row in rows if row.exam]
+        labels = [row.label for row in exam]
+        if not exam:
+            return examine([], [], [], settings=settings)
+        serving = learner.serving
+        encoder = learner.encoder if serving.encoder == learner.encoder_digest else None
+        champion: list[str | None] = [None] * len(exam)
+        if serving.head is not None and encoder is not None:
+            # The rows were read under the encoder in service; a promotion meanwhile cannot be, runs go one by one,
+            # but a rollback by hand can.
+            if {row.encoder for row in exam} == {serving.encoder}:
+                stacked = np.stack([row.embedding for row in exam])
+                champion = list(serving.head.predict(dequantise(stacked, encoder.spec.bound).astype(np.float32)))
+            else:
+                champion = list(serving.head.predict(encoder.embed([row.payload for row in exam])))
+        embeddings = candidate.result.by_event()
+        stacked = np.stack([embeddings[row.event_id] for row in exam])
+        answers = candidate.head.predict(dequantise(stacked, candidate.result.encoder.bound).astype(np.float32))
+        return examine(
+            labels,
+            champion,
+            list(answers),
+            champion_classes=serving.head.classes if serving.head else (),
+            candidate_classes=None,
+            settings=settings,
+        )
+
+    def _keep_state(self, stream: str, result: FineTuneResult) -> None:
+        """Keep the strategy's state for the next run, which goes on from the version that was promoted."""
+        target = self._directory / stream / "state"
+        fresh = target.with_name("state.new")
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(result.state, fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+
+    def _conclude(self, stream: str, course: Course, candidate: Candidate, verdict: Verdict, cause: Cause) -> str:
+        """Commit the candidate as a version, and put it into service if its exam says so."""
+        learner, now, run = self._learners[stream], self._clock(), course.run
+        assert run is not None
+        result = candidate.result
+        files = {name: path.read_bytes() for name, path in result.files.items()}
+        encoder = self._registry.put_encoder(result.encoder, files)
+        head = self._registry.put_head(candidate.head.tensors())
+        manifest = VersionManifest(
+            stream=stream,
+            parent=learner.version,
+            created_at=now,
+            encoder=result.encoder,
+            head=head,
+            classes=candidate.head.classes,
+            lineage=Lineage(
+                snapshot=candidate.snapshot,
+                label_offsets=candidate.offsets,
+                strategy=course.finetune.strategy,
+                seed=course.finetune.seed,
+                packages=installed(),
+                settings={
+                    "cause": cause,
+                    "finetune": course.finetune.model_dump(mode="json"),
+                    "summary": result.summary.model_dump(mode="json"),
+                },
+            ),
+            verdict=verdict,
+        )
+        name = self._registry.commit(manifest)
+        manifest = self._registry.version(stream, name)
+        state = "promoted" if verdict.promote and not learner.paused else "refused"
+        reasons = list(verdict.reasons)
+        if verdict.promote and learner.paused:
+            state = "waiting"
+            reasons.append("learning is paused; promote it by hand, or resume")
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.add_version(
+                stream,
+                encoder=encoder,
+                head=head,
+                state=state,
+                parent=int(learner.version.removeprefix("v")),
+                run=run,
+                number=manifest.number,
+                detail={"reasons": reasons, "unjudged": verdict.unjudged},
+            )
+            tx.update_run(run, state=state, finished=True, detail={"version": name, "reasons": reasons})
+            if state == "refused":
+                tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new
+        logger.info("stream %s: %s is %s: %s", stream, name, state, "; ".join(reasons))
+        self._metrics.versions.labels(stream, "promoted" if state == "promoted" else "refused").inc()
+        if state == "promoted":
+            learner.put_in_service(manifest, result.by_event(), f"exam passed, asked for by {cause}", now)
+            self._metrics.last_promotion.labels(stream).set(now.timestamp())
+        return state

@@ -1,0 +1,1 @@
+"""The monitoring room: metrics, drift detection, structured logs, and what Prometheus and Grafana load."""

@@ -1,0 +1,1 @@
+"""The replay room: who stays in the store, the store itself and its frozen snapshots."""

@@ -1,0 +1,204 @@
+"""The whole loop on a real Kafka: publish, predict, label, learn at once, retrain, exam, swap, roll back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from learner.control import ControlAnswer, ControlRequest, sign
+from learner.heads import HeadSums
+from learner.registry import Registry
+from replay.store import LearnerStore
+from stream.events import Event, Report, Telemetry, encode, utc_now
+from tests.deployment import Deployment, label
+from tests.kafka import KafkaBroker
+from tests.waiting import until
+
+QUICK: dict[str, Any] = {"epochs": 1, "frozen_layers": 5, "batch_size": 16, "threads": 1}
+STREAMS: dict[str, Any] = {
+    "notes": {"kind": "text", "finetune": QUICK, "triggers": {}},
+    "probe": {
+        "kind": "telemetry",
+        "encoder": {"channels": ["x", "y"], "window": 32, "dimension": 64, "learned": 16},
+        "finetune": {**QUICK, "frozen_layers": 0, "training": "full"},
+        "triggers": {},
+    },
+}
+
+SAYINGS = {
+    "power": ["bus voltage dropped on string {n}", "battery {n} discharges too fast", "solar array {n} gives no current"],
+    "weather": ["clouds over the dome for {n} hours", "humidity rose to {n} percent", "wind of {n} knots at the site"],
+    "pointing": ["tracking error of {n} arcseconds", "guider lost star {n}", "mount stalled in axis {n}"],
+}
+FREQUENCIES = {"power": 1.0, "weather": 3.0, "pointing": 6.0}
+
+
+def report(name: str, number: int) -> Report:
+    sayings = SAYINGS[name]
+    text = sayings[number % len(sayings)].format(n=number)
+    return Report(event_id=f"{name}-{number}", stream="notes", observed_at=utc_now(), text=text)
+
+
+def window(name: str, number: int) -> Telemetry:
+    phase, frequency = 0.37 * number, FREQUENCIES[name]
+    wave = [math.sin(phase + frequency * t / 3) for t in range(32)]
+    other = [math.cos(phase * 2 + t / 5) + 0.01 * number for t in range(32)]
+    return Telemetry(
+        event_id=f"{name}-{number}", stream="probe", observed_at=utc_now(), channels=["x", "y"], values=[wave, other]
+    )
+
+
+MAKE: dict[str, Callable[[str, int], Event]] = {"notes": report, "probe": window}
+
+
+@pytest.fixture
+def deployment(kafka: KafkaBroker, topics: Callable[[], str], tmp_path: Path) -> Iterator[Deployment]:
+    made = Deployment(
+        kafka, topics(), tmp_path, STREAMS, {"control": {"secret": "a test's secret"}, "worker": {"batch_events": 64}}
+    )
+    yield made
+    made.stop()
+
+
+def teach(deployment: Deployment, stream: str, name: str, numbers: range) -> None:
+    """Publish events of a class, wait for their answers, label them, and wait until they are learned."""
+    before = deployment.status(stream)["labels_learned"]
+    events = [MAKE[stream](name, number) for number in numbers]
+    deployment.publish(*events)
+    until(lambda: {e.event_id for e in events} <= set(deployment.answered()))
+    deployment.label(*(label(stream, e.event_id, name) for e in events))
+    # One in five of a class is kept for the exam from its tenth label on, and leaves the head.
+    wanted = before + len(events) * (1 if len(events) < 10 else 0.6)
+    until(lambda: deployment.status(stream)["labels_learned"] >= wanted)
+
+
+def answer(deployment: Deployment, event: Event) -> tuple[str | None, str, float]:
+    deployment.publish(event)
+    until(lambda: event.event_id in deployment.answered())
+    found = deployment.answered()[event.event_id]
+    return found.label, found.model_version, found.novelty
+
+
+def becomes(deployment: Deployment, stream: str, name: str, first: int, wanted: Callable[[str, str], bool]) -> None:
+    """Ask with fresh events until the answer is as wanted."""
+    numbers = iter(range(first, first + 10_000))
+
+    def asked() -> bool:
+        found, version, _ = answer(deployment, MAKE[stream](name, next(numbers)))
+        return found is not None and wanted(found, version)
+
+    until(asked, seconds=120, every=0.2)
+
+
+@pytest.mark.parametrize("stream", ["notes", "probe"])
+@pytest.mark.timeout(600)
+def test_the_whole_loop(deployment: Deployment, stream: str) -> None:
+    """What a newcomer is promised, from the first event to a rollback, on real parts."""
+    deployment.start_both()
+
+    found, version, novelty = answer(deployment, MAKE[stream]("power", 1_000))
+    assert (found, novelty) == (None, 1.0)
+    unheard = iter(range(1_001, 2_000))
+    until(lambda: answer(deployment, MAKE[stream]("power", next(unheard)))[1].startswith("v1."))
+
+    teach(deployment, stream, "power", range(40))
+    teach(deployment, stream, "weather", range(40))
+    becomes(deployment, stream, "weather", 2_000, lambda found, _: found == "weather")
+    becomes(deployment, stream, "power", 2_000, lambda found, _: found == "power")
+
+    # A class never seen before is usable from its first labels on, with no training.
+    teach(deployment, stream, "pointing", range(5))
+    becomes(deployment, stream, "pointing", 2_000, lambda found, _: found == "pointing")
+
+    code, asked = deployment.ask(stream, "retrain", reason="by hand")
+    assert code == 202, asked
+    until(lambda: deployment.status(stream)["fine_tune"]["running"])
+    code, folded = deployment.ask(stream, "retrain")
+    assert code == 202
+    assert "folded into the next" in folded["message"]
+    until(lambda: "v2" in deployment.versions(stream), seconds=180)
+    assert deployment.versions(stream)["v2"]["state"] == "promoted", deployment.versions(stream)
+    assert "pointing" in deployment.versions(stream)["v2"]["unjudged"]
+    becomes(deployment, stream, "weather", 3_000, lambda found, version: version.startswith("v2.") and found == "weather")
+    becomes(deployment, stream, "pointing", 3_000, lambda found, _: found == "pointing")
+    until(lambda: "v3" in deployment.versions(stream), seconds=180)
+
+    code, rolled = deployment.ask(stream, "rollback", version="v1", reason="test")
+    assert code == 202, rolled
+    becomes(deployment, stream, "pointing", 4_000, lambda found, version: version.startswith("v1.") and found == "pointing")
+
+    code, exact = deployment.ask(stream, "rollback", version="v1.1", reason="exact")
+    assert code == 202, exact
+    numbers = iter(range(5_000, 6_000))
+    until(lambda: answer(deployment, MAKE[stream]("power", next(numbers)))[1] == "v1.1")
+    assert deployment.status(stream)["paused"]
+    code, refused = deployment.ask(stream, "rollback", version="v99")
+    assert code == 409
+    assert "v99" in refused["message"]
+
+    request = ControlRequest(action="resume", stream=stream, who="the topic")
+    value = encode(request)
+    topic = deployment.topics.name("control")
+    deployment.kafka.produce(topic, [(b"x", value, ()), (b"x", value, (("trimtab-signature", b"forged"),))])
+    deployment.kafka.produce(topic, [(b"x", value, (("trimtab-signature", sign(value, b"a test's secret")),))])
+    until(lambda: not deployment.status(stream)["paused"])
+    audit = [ControlAnswer.model_validate_json(r.value or b"") for r in deployment.records("audit")]
+    assert [a.accepted for a in audit if a.action == "resume"] == [True]
+    assert [a.accepted for a in audit if a.action == "retrain"] == [True, True]
+
+
+def test_a_correction_and_a_withdrawal_change_the_served_answer(deployment: Deployment) -> None:
+    """A wrong label must not stay in the model once its labeller takes it back."""
+    deployment.start_both()
+    teach(deployment, "probe", "power", range(6))
+    teach(deployment, "probe", "weather", range(6))
+    wrong = [MAKE["probe"]("pointing", n) for n in range(4)]
+    deployment.publish(*wrong)
+    until(lambda: {e.event_id for e in wrong} <= set(deployment.answered()))
+    deployment.label(*(label("probe", e.event_id, "weather") for e in wrong))
+    deployment.label(*(label("probe", e.event_id, "pointing") for e in wrong))
+    becomes(deployment, "probe", "pointing", 2_000, lambda found, _: found == "pointing")
+    deployment.label(*(label("probe", e.event_id, None) for e in wrong))
+    until(lambda: deployment.status("probe")["classes"] == 2)
+    becomes(deployment, "probe", "pointing", 9_000, lambda found, _: found != "pointing")
+
+
+def test_a_learner_killed_and_restarted_has_learned_every_label_once(deployment: Deployment) -> None:
+    """kill -9 between any two steps must neither lose a label nor learn one twice."""
+    _, learner = deployment.start_both()
+    events = [MAKE["probe"](name, n) for name in FREQUENCIES for n in range(60)]
+    deployment.publish(*events)
+    until(lambda: len(deployment.answered()) >= len(events))
+    for part in range(6):
+        chosen = events[part * 30 : part * 30 + 30]
+        deployment.label(*(label("probe", e.event_id, e.event_id.partition("-")[0]) for e in chosen))
+        learner.kill()
+        learner.wait()
+        learner = deployment.start("learner")
+        until(lambda: deployment.ready(deployment.learner_port), seconds=90)
+    until(lambda: deployment.status("probe")["scored"] == len(events), seconds=90)
+    until(lambda: deployment.status("probe")["outbox"] == 0)
+    deployment.stop()
+
+    store = LearnerStore(f"sqlite:///{deployment.directory}/learner.db")
+    learned = store.examples("probe")
+    assert sorted(row.event_id for row in learned) == sorted(e.event_id for e in events)
+    assert all(row.label == row.event_id.partition("-")[0] for row in learned)
+    sums = HeadSums(64, learned_bound(deployment))
+    ledger = store.follow_ledger("probe", learned[0].encoder)
+    sums.add(*ledger.added)
+    sums.subtract(*ledger.removed)
+    wanted = HeadSums(64, sums.bound)
+    taught = [row for row in learned if not row.exam]
+    wanted.add(np.stack([row.embedding for row in taught]), [row.label for row in taught])
+    assert sums == wanted
+
+
+def learned_bound(deployment: Deployment) -> float:
+    registry = Registry(str(deployment.directory / "registry"))
+    return registry.version("probe", "v1").encoder.bound

@@ -1,0 +1,231 @@
+"""Rules and dashboards: valid to the tools that load them, and naming only what is exposed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from monitoring.metrics import Metrics
+from tests.conftest import missing
+from tests.monitoring.queries import (
+    DASHBOARDS,
+    PROMETHEUS,
+    annotation_expressions,
+    dashboards,
+    metric_names,
+    panel_queries,
+    panels,
+    queries_by_choice,
+    variable_queries,
+)
+
+REPOSITORY = PROMETHEUS.parents[1]
+FROM_PROMETHEUS = {"up", "ALERTS"}
+TESTS = ("alerts_test.yml", "alerts_days_test.yml")
+
+
+def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run promtool beside the rules."""
+    if shutil.which("promtool") is None:
+        missing("promtool is not installed: apt-get install prometheus, or put it on the PATH")
+    return subprocess.run(
+        ["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, timeout=200, check=False
+    )
+
+
+def exposed() -> set[str]:
+    """Every series name that a process can expose, with those of a histogram spelt out."""
+    text = Metrics().render()[0].decode()
+    names = set()
+    for name, kind in re.findall(r"^# TYPE (\S+) (\S+)$", text, flags=re.MULTILINE):
+        names |= {f"{name}_bucket", f"{name}_sum", f"{name}_count"} if kind == "histogram" else {name}
+    return names
+
+
+def rules() -> list[dict[str, Any]]:
+    """All rules, recording and alerting."""
+    groups = yaml.safe_load((PROMETHEUS / "alerts.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def alert_name(expression: str) -> str:
+    """Which alert a test's query is about."""
+    name = re.search(r'alertname="(\w+)"', expression)
+    assert name is not None, expression
+    return name[1]
+
+
+ALERTS = [rule for rule in rules() if "alert" in rule]
+
+
+def test_prometheus_takes_the_configuration() -> None:
+    """A Prometheus that does not start watches nothing."""
+    done = promtool("check", "config", "prometheus.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_prometheus_takes_the_rules() -> None:
+    """It refuses all rules for a fault in one."""
+    done = promtool("check", "rules", "alerts.yml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_each_alert_fires_when_it_should_and_only_then(file: str) -> None:
+    """The cases lie beside the rules, so that whoever changes a threshold can run them without Python."""
+    done = promtool("test", "rules", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
+    """An alert that always fires passes every test that only waits for it, and the other way round."""
+    fires: set[str] = set()
+    silent: set[str] = set()
+    for file in TESTS:
+        for case in yaml.safe_load((PROMETHEUS / file).read_text())["tests"]:
+            for check in case["promql_expr_test"]:
+                (fires if check["exp_samples"] else silent).add(alert_name(check["expr"]))
+    names = {rule["alert"] for rule in ALERTS}
+    assert fires == names
+    assert silent == names
+
+
+@pytest.mark.parametrize("file", TESTS)
+def test_what_an_alert_says_renders(file: str, tmp_path: Path) -> None:
+    """A template that fails to expand says `error expanding` to whoever is woken by it.
+
+    promtool shows the rendered text only of alerts that it did not expect, so none is expected here.
+    """
+    found = yaml.safe_load((PROMETHEUS / file).read_text())
+    found["rule_files"] = [str(PROMETHEUS / "alerts.yml")]
+    fired = 0
+    for case in found["tests"]:
+        checks = [check for check in case.pop("promql_expr_test") if check["exp_samples"]]
+        case["alert_rule_test"] = [
+            {"eval_time": check["eval_time"], "alertname": alert_name(check["expr"]), "exp_alerts": []}
+            for check in checks
+        ]
+        fired += len(checks)
+    (tmp_path / file).write_text(yaml.safe_dump(found))
+    done = promtool("test", "rules", str(tmp_path / file))
+    said = done.stdout + done.stderr
+    assert said.count("got:[") >= fired, said
+    assert "error expanding" not in said
+    assert "<no value>" not in said
+    assert "%!" not in said
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=lambda rule: rule["alert"])
+def test_each_alert_can_be_acted_on(rule: dict[str, Any]) -> None:
+    """At night one needs to know how bad it is, what it means, and what to do."""
+    assert rule["for"]
+    assert rule["labels"]["severity"] in {"warning", "critical"}
+    assert rule["annotations"]["summary"]
+    assert len(rule["annotations"]["description"]) > 60
+    path, _, anchor = rule["annotations"]["runbook_url"].partition("#")
+    text = (REPOSITORY / path).read_text()
+    headings = {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    }
+    assert anchor in headings
+    assert rule["alert"] in text
+
+
+def test_rules_name_only_what_is_exposed() -> None:
+    """An alert on a metric that nobody exposes stays silent for ever."""
+    known = exposed() | FROM_PROMETHEUS | {rule["record"] for rule in rules() if "record" in rule}
+    for rule in rules():
+        names = metric_names(rule["expr"])
+        assert names, rule
+        assert names <= known, f"{rule.get('alert') or rule['record']}: {names - known}"
+
+
+@pytest.mark.parametrize("choice", ["default", "All"])
+def test_panels_name_only_what_is_exposed(choice: str) -> None:
+    """A panel without data looks like a calm night."""
+    known = exposed() | FROM_PROMETHEUS
+    queries = queries_by_choice()[choice]
+    assert queries
+    for query in queries:
+        names = metric_names(query.expression)
+        assert names, query
+        assert names <= known, f"{query.panel}: {names - known}"
+        assert "$" not in query.expression
+
+
+def test_variables_and_annotations_name_only_what_is_exposed() -> None:
+    """A variable without values empties every panel."""
+    assert set(variable_queries()) == {"stream", "instance"}
+    for query in variable_queries().values():
+        metric = re.fullmatch(r"label_values\((\w+), (\w+)\)", query)
+        assert metric is not None
+        assert metric[1] in exposed()
+    for expression in annotation_expressions():
+        assert metric_names(expression) <= exposed()
+
+
+def test_every_metric_is_on_the_dashboard() -> None:
+    """What is worth measuring is worth seeing."""
+    ours = {name for name in exposed() if name.startswith("trimtab_")}
+    shown = set().union(*(metric_names(query.expression) for query in panel_queries()))
+    families = {re.sub(r"_(bucket|sum|count)$", "", name) for name in shown}
+    assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours} <= families
+
+
+def test_panel_queries_are_valid_promql(tmp_path: Path) -> None:
+    """Grafana shows a parse error only to whoever opens the panel; promtool shows it here."""
+    expressions = sorted(
+        {query.expression for query in panel_queries()}
+        | {query.expression for query in panel_queries({"stream": ["a b", "c+d"], "instance": "w:1"})}
+        | set(annotation_expressions())
+    )
+    group = {"name": "panels", "rules": [{"record": f"panel:{i}", "expr": each} for i, each in enumerate(expressions)]}
+    (tmp_path / "panels.yml").write_text(yaml.safe_dump({"groups": [group]}))
+    done = promtool("check", "rules", str(tmp_path / "panels.yml"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_dashboards_are_whole() -> None:
+    """A file that Grafana half accepts loses panels without a word."""
+    paths = sorted(DASHBOARDS.glob("*.json"))
+    assert [path.name for path in paths] == ["trimtab.json"]
+    for dashboard in dashboards():
+        assert dashboard["schemaVersion"] >= 39
+        assert dashboard["uid"]
+        variables = {variable["name"]: variable for variable in dashboard["templating"]["list"]}
+        assert variables["stream"]["multi"] is variables["stream"]["includeAll"] is True
+        ids = [panel["id"] for panel in dashboard["panels"]]
+        assert len(ids) == len(set(ids))
+        cells: set[tuple[int, int]] = set()
+        for panel in dashboard["panels"]:
+            place = panel["gridPos"]
+            assert place["x"] + place["w"] <= 24
+            covered = {
+                (x, y)
+                for x in range(place["x"], place["x"] + place["w"])
+                for y in range(place["y"], place["y"] + place["h"])
+            }
+            assert not covered & cells, f"{panel['title']} lies on another panel"
+            cells |= covered
+        for panel in panels(dashboard):
+            assert panel["title"]
+            assert panel["description"]
+            assert panel["datasource"]["uid"] == "${datasource}"
+
+
+def test_provisioning_names_the_same_data_source() -> None:
+    """The dashboard's default data source must be the one that is provisioned."""
+    provisioning = PROMETHEUS.parent / "grafana" / "provisioning"
+    source = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"][0]
+    for dashboard in dashboards():
+        (variable,) = (each for each in dashboard["templating"]["list"] if each["type"] == "datasource")
+        assert variable["current"]["value"] == source["uid"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards" / "trimtab.yml").read_text())["providers"]
+    assert provider["type"] == "file"
