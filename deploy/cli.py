@@ -628,6 +628,8 @@ def _opened(file: str) -> Iterator[tuple[BinaryIO, int | None]]:
         yield sys.stdin.buffer, None
         return
     path = Path(file)
+    if not path.is_file():
+        raise Misconfigured(f"there is no file {file}: name one of JSON lines, or - for standard input")
     with path.open("rb") as lines:
         yield lines, path.stat().st_size
 

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from stream.events import Decoder, utc_now
 from stream.kafka import check_broker, check_topics
 from stream.service import Health, Shell
 from stream.worker import Classifier, Parts, Worker
-from trimtab import __version__
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def run_worker(
     use_threads(settings.worker.threads)
     stream_rules = rules(settings)
     metrics, health = Metrics(), Health("model-versions", "source")
-    metrics.open_worker(settings.streams, release=__version__, reasons=list(Reason))
+    metrics.open_worker(settings.streams, release=version("trimtab"), reasons=list(Reason))
     http = settings.worker.http if port is None else settings.worker.http.model_copy(update={"port": port})
     group = group or settings.topics.prefix + settings.worker.group
     member = member_id or settings.worker.member_id
@@ -126,7 +126,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     check_topics(settings.kafka, settings.topics, settings.named_topics)
     use_threads(settings.learner.threads)
     metrics, health = Metrics(), Health("models", "source", "outbox")
-    metrics.open_learner(settings.streams, release=__version__, reasons=list(Reason))
+    metrics.open_learner(settings.streams, release=version("trimtab"), reasons=list(Reason))
     http = settings.learner.http if port is None else settings.learner.http.model_copy(update={"port": port})
     group = settings.topics.prefix + settings.learner.group
     shell = Shell(f"{group}-control", settings.kafka, http, health, metrics)

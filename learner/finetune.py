@@ -100,7 +100,9 @@ class FineTuneSettings(BaseModel):
     mixed_precision: Literal["auto", "on", "off"] = Field(
         default="auto", description="bfloat16 in the encoder's forward pass; auto: where the machine computes in it"
     )
-    ewc_lambda: float = Field(default=1000.0, ge=0, description="weight of the EWC penalty in the loss")
+    ewc_lambda: float = Field(
+        default=1.0, ge=0, description="weight of the EWC penalty in the loss; importances have a mean of 1"
+    )
     ewc_decay: float = Field(default=0.9, ge=0, le=1, description="what an importance keeps at each later run")
     seed: int = Field(default=0, ge=0, lt=2**32)
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of the training process")

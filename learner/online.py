@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 GUARD_EXAMPLES = 1_000
 """Exam examples that a revision is checked on: enough to see a class fall, few enough for every half second."""
+YOUNG_LABELS = 20
+"""A class with fewer labels may still rise quickly in its share of the answers."""
 REFERENCE_EXAMPLES = 200
 """Examples whose mean the input's drift is measured from."""
 SAVE_SUMS_EVERY = 20_000
@@ -284,7 +286,8 @@ class OnlineLearner:
         embeddings, labels = self._guarding()
         if not len(embeddings):
             return []
-        new = sorted(set(head.classes) - set(before.classes))
+        young = {name for name, count in self.sums.counts.items() if count < YOUNG_LABELS}
+        new = sorted(young | set(head.classes) - set(before.classes))
         return guard_revision(
             labels,
             before.predict(embeddings),

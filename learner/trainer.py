@@ -355,7 +355,7 @@ class Trainer:
             champion,
             list(answers),
             champion_classes=serving.head.classes if serving.head else (),
-            candidate_classes=None,
+            candidate_classes=candidate.head.classes,
             settings=settings,
         )
 

@@ -250,6 +250,20 @@ class Consolidation(EWCPlugin):  # type: ignore[misc]
         super().before_backward(strategy, **kwargs)
         self.penalties.append(float((strategy.loss.detach() - bare).sum()))
 
+    def compute_importances(self, *args: Any, **kwargs: Any) -> dict[str, ParamData]:
+        """Avalanche's, scaled to a mean of 1 over the trained weights (Schwarz et al. 2018, section 4).
+
+        They are squared gradients, so they vanish as the training loss does: as they come, no one `ewc_lambda` is
+        right for two runs, and the run that fitted best would be protected least.
+        """
+        found: dict[str, ParamData] = super().compute_importances(*args, **kwargs)
+        touched = [importance.data for importance in found.values() if bool(importance.data.any())]
+        mean = sum(float(values.sum()) for values in touched) / max(1, sum(values.numel() for values in touched))
+        if mean > 0:
+            for importance in found.values():
+                importance.data /= mean
+        return found
+
     def continued(self, net: nn.Module, experiences: int) -> tuple[Named, Named]:
         """Importances and anchors after the run, of the weights that have any importance."""
         last = experiences - 1

@@ -226,6 +226,12 @@ class Metrics:
             ["stream", "class"],
             registry=into,
         )
+        self.forgetting_budget = Gauge(
+            "trimtab_forgetting_budget_ratio",
+            "How far a class's recall may fall below its best before someone is told.",
+            ["stream"],
+            registry=into,
+        )
         self.drift_score = Gauge(
             "trimtab_drift_score",
             "Distance of the recent values from those before, in standard errors.",

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ import mode
 
 from monitoring.metrics import Metrics
 from stream.batches import Batch, Outgoing, Reader, TopicTail, Writer
-from stream.errors import DeadLetter, Reason, RetryLater
+from stream.errors import DeadLetter, RetryLater
 from stream.events import Decoder, Event, Headers, Place, Prediction, Record, dead_letter_headers
-from stream.model import Model
+from stream.model import Answer, Model
 from stream.service import Shell
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,9 @@ class Classifier:
             outgoing.extend(self._predict(stream, members, answers))
         return outgoing
 
-    def _predict(self, stream: str, members: list[tuple[Record, Event]], answers: list) -> list[Outgoing]:  # type: ignore[type-arg]
+    def _predict(
+        self, stream: str, members: Sequence[tuple[Record, Event]], answers: Sequence[Answer]
+    ) -> list[Outgoing]:
         now = self._clock()
         predicted_at = datetime.fromtimestamp(now, UTC)
         latency = self._metrics.prediction_latency.labels(stream).observe
@@ -218,7 +220,7 @@ class Worker:
             async for batch in stream:
                 await worker._guard(lambda batch=batch: worker._answer(batch))
 
-    async def _guard(self, work) -> None:  # type: ignore[no-untyped-def]
+    async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run a piece of the worker; whatever leaves it ends the process."""
         try:
             await work()
@@ -324,6 +326,3 @@ class Worker:
         await loop.run_in_executor(self._working, self.parts.writer.close)
         await loop.run_in_executor(self._reading, self.parts.reader.close)
         self.parts.model.close()
-
-
-__all__ = ["Classifier", "Parts", "Reason", "Worker", "dead_letter", "passed_on"]

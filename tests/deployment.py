@@ -75,7 +75,15 @@ class Deployment:
         """Start `trimtab COMMAND` with the settings file."""
         log = (self.directory / f"{command[0]}.log").open("ab")
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", *command, "--config", str(self.settings)] if (REPOSITORY/"deploy/cli.py").exists() else [sys.executable,"-c","import sys;from pathlib import Path;from deploy.settings import load_settings;from deploy import wiring;import os;s=load_settings(Path(sys.argv[2]),os.environ);sys.exit(wiring.run_worker(s) if sys.argv[1]=='worker' else wiring.run_learner(s))",command[0],str(self.settings)],
+            [sys.executable, "-m", "deploy.cli", *command, "--config", str(self.settings)]
+            if (REPOSITORY / "deploy/cli.py").exists()
+            else [
+                sys.executable,
+                "-c",
+                "import sys;from pathlib import Path;from deploy.settings import load_settings;from deploy import wiring;import os;s=load_settings(Path(sys.argv[2]),os.environ);sys.exit(wiring.run_worker(s) if sys.argv[1]=='worker' else wiring.run_learner(s))",
+                command[0],
+                str(self.settings),
+            ],
             cwd=REPOSITORY,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -31,7 +31,11 @@ STREAMS: dict[str, Any] = {
 }
 
 SAYINGS = {
-    "power": ["bus voltage dropped on string {n}", "battery {n} discharges too fast", "solar array {n} gives no current"],
+    "power": [
+        "bus voltage dropped on string {n}",
+        "battery {n} discharges too fast",
+        "solar array {n} gives no current",
+    ],
     "weather": ["clouds over the dome for {n} hours", "humidity rose to {n} percent", "wind of {n} knots at the site"],
     "pointing": ["tracking error of {n} arcseconds", "guider lost star {n}", "mount stalled in axis {n}"],
 }
@@ -124,13 +128,17 @@ def test_the_whole_loop(deployment: Deployment, stream: str) -> None:
     until(lambda: "v2" in deployment.versions(stream), seconds=180)
     assert deployment.versions(stream)["v2"]["state"] == "promoted", deployment.versions(stream)
     assert "pointing" in deployment.versions(stream)["v2"]["unjudged"]
-    becomes(deployment, stream, "weather", 3_000, lambda found, version: version.startswith("v2.") and found == "weather")
+    becomes(
+        deployment, stream, "weather", 3_000, lambda found, version: version.startswith("v2.") and found == "weather"
+    )
     becomes(deployment, stream, "pointing", 3_000, lambda found, _: found == "pointing")
     until(lambda: "v3" in deployment.versions(stream), seconds=180)
 
     code, rolled = deployment.ask(stream, "rollback", version="v1", reason="test")
     assert code == 202, rolled
-    becomes(deployment, stream, "pointing", 4_000, lambda found, version: version.startswith("v1.") and found == "pointing")
+    becomes(
+        deployment, stream, "pointing", 4_000, lambda found, version: version.startswith("v1.") and found == "pointing"
+    )
 
     code, exact = deployment.ask(stream, "rollback", version="v1.1", reason="exact")
     assert code == 202, exact

@@ -241,5 +241,3 @@ def page(port: int, path: str) -> tuple[int, dict[str, Any]]:
         return error.code, json.loads(error.read())
     except OSError:
         return 0, {}
-
-

@@ -33,9 +33,7 @@ class LengthModel:
         version = self.version
         if self.seconds:
             threading.Event().wait(self.seconds)
-        return [
-            Answer(str(len(e.text) if isinstance(e, Report) else len(e.values)), (), 0.5, version) for e in events
-        ]
+        return [Answer(str(len(e.text) if isinstance(e, Report) else len(e.values)), (), 0.5, version) for e in events]
 
     def announce(self, key: bytes, value: bytes | None) -> None:
         self.version = (value or b"").decode()

@@ -1,0 +1,1 @@
+"""How fast trimtab is on this machine, and beside what; see README.md here."""

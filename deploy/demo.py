@@ -1,0 +1,462 @@
+"""The demo: a broker, a learner, a worker and a frozen twin as real processes, on real data.
+
+The twin is a second worker that serves, for good, the revision that was in service after the first wave of
+classes. It reads the same events and answers on a topic of its own, so the report can say what learning
+bought. Whatever is shown is computed from what was consumed from the prediction topics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from confluent_kafka import Producer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+from deploy import report as reporting
+from deploy.broker import EmbeddedBroker
+from deploy.demo_data import DemoStream, interleave, intents, rotation, storm
+from stream.batches import TopicTail
+from stream.errors import Misconfigured, RetryLater
+from stream.events import Event, Label, Prediction, encode, utc_now
+from stream.kafka import KafkaSettings, Topics, create_topics
+from stream.service import free_port
+
+PREFIX = "demo-"
+TWIN = "frozen"
+PUBLISH_SECONDS = 105.0
+"""How long the publishing is spread over; start-up, the twin's catching up and the report come on top."""
+MOST_UNANSWERED = 200
+START_SECONDS = 120
+DRAIN_SECONDS = 60
+RECENT = 300
+
+
+def demo_streams(seed: int) -> list[DemoStream]:
+    """The streams, as much of each as two cores answer twice in the time there is."""
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    return [
+        intents(seed=seed, start=start, classes_per_wave=(15, 10, 10), events_per_wave=650),
+        storm(seed=seed, events=3_000),
+        rotation(seed=seed, events=3_000),
+    ]
+
+
+def settings_of(
+    streams: Sequence[DemoStream], directory: Path, bootstrap: str, ports: tuple[int, int]
+) -> dict[str, Any]:
+    """The demo's `trimtab.yaml`: what a user would write, with state in the demo's own folder."""
+    blocks: dict[str, Any] = {}
+    for stream in streams:
+        if stream.kind == "text":
+            blocks[stream.name] = {
+                "kind": "text",
+                "triggers": {"every_labels": 750},
+                "finetune": {"strategy": "ewc_replay", "epochs": 3, "max_seconds": 45, "threads": 1},
+                "encoder": {"max_tokens": 64},
+            }
+        else:
+            blocks[stream.name] = {
+                "kind": "telemetry",
+                "encoder": {"channels": list(stream.channels), "window": 27, "dimension": 192},
+                "labels": list(stream.levels),
+                "closed": True,
+                "triggers": {},
+            }
+    return {
+        "kafka": {"bootstrap_servers": bootstrap},
+        "topics": {"prefix": PREFIX, "partitions": 1},
+        "registry": {"url": str(directory / "registry"), "cache_dir": str(directory / "cache")},
+        "worker": {"http": {"port": ports[0]}, "threads": 1, "session_seconds": 4, "batch_events": 64},
+        "learner": {
+            "store": f"sqlite:///{directory}/learner.db",
+            "jobs": str(directory / "jobs"),
+            "http": {"port": ports[1]},
+            "threads": 1,
+            "batches": {"session_seconds": 4, "batch_seconds": 0.2},
+        },
+        "log": {"format": "json"},
+        "streams": blocks,
+    }
+
+
+@dataclass
+class Board:
+    """What is shown while the demo runs, per stream, from consumed predictions alone."""
+
+    stream: DemoStream
+    events: int = 0
+    labels: int = 0
+    answers: dict[str, Prediction] = field(default_factory=dict)
+    frozen: dict[str, Prediction] = field(default_factory=dict)
+    arrived: list[str] = field(default_factory=list)
+    no_change: dict[str, str | None] = field(default_factory=dict)
+    majority: dict[str, str | None] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+    swaps: int = 0
+    last_swap: str = "none yet"
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=RECENT))
+
+    def published(self, message: Event | Label) -> None:
+        """Note what was known when an event went out, or that a label did."""
+        if isinstance(message, Label):
+            self.labels += 1
+            if message.label is not None:
+                self.arrived.append(message.label)
+                self.counts[message.label] += 1
+            return
+        self.events += 1
+        self.no_change[message.event_id] = self.arrived[-1] if self.arrived else None
+        self.majority[message.event_id] = self.counts.most_common(1)[0][0] if self.counts else None
+
+    def answered(self, prediction: Prediction) -> None:
+        """Take a prediction of the worker in service."""
+        if prediction.event_id not in self.answers:
+            self.recent.append(prediction.event_id)
+        self.answers[prediction.event_id] = prediction
+
+    def shares(self) -> tuple[str, ...]:
+        """Share right among the latest answers: served, frozen, no-change, majority."""
+        ids = [i for i in self.recent if i in self.stream.truth]
+        truth = self.stream.truth
+
+        def share(given: Mapping[str, str | None]) -> str:
+            both = [i for i in ids if i in given]
+            return f"{sum(given[i] == truth[i] for i in both) / len(both):.3f}" if len(both) >= 20 else "–"
+
+        served = {i: self.answers[i].label for i in ids}
+        twin = {i: self.frozen[i].label for i in ids if i in self.frozen}
+        return share(served), share(twin), share(self.no_change), share(self.majority)
+
+
+class Demo:
+    """One run.
+
+    Args:
+        folder: where the report goes; state and logs lie in `state` under it, and are begun anew.
+        seed: of the data.
+        console: where to draw.
+    """
+
+    def __init__(self, folder: Path, seed: int, console: Console) -> None:
+        self.folder, self.console = folder.resolve(), console
+        self.directory = self.folder / "state"
+        self.streams = demo_streams(seed)
+        self.boards = {stream.name: Board(stream) for stream in self.streams}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.ports = (free_port(), free_port())
+        self.topics = Topics(prefix=PREFIX, partitions=1)
+        self.predictions: list[Prediction] = []
+        self.twin_predictions: list[Prediction] = []
+        self.published: list[Event | Label] = []
+        self.swaps: list[reporting.Swap] = []
+        self.dead_letters = 0
+        self.frozen_from: dict[str, int] = {}
+        self.twin_ends: dict[str, int] = {}
+        self.notes: list[str] = []
+        self._ending = threading.Event()
+        self._failures: list[BaseException] = []
+
+    def run(self, keep: bool) -> int:
+        """Run it all; returns the exit code."""
+        began = time.monotonic()
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir(parents=True)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._end)
+            broker = stack.enter_context(EmbeddedBroker(log=self.directory / "broker.log"))
+            self._start(broker.bootstrap)
+            with self._threads(broker.bootstrap), Live(console=self.console, refresh_per_second=4) as live:
+                publisher = threading.Thread(target=self._guarded, args=(self._publish, broker.bootstrap), daemon=True)
+                publisher.start()
+                deadline = time.monotonic() + PUBLISH_SECONDS * 3
+                while publisher.is_alive() and time.monotonic() < deadline and not self._failures:
+                    live.update(self._view(began))
+                    self._check_processes()
+                    publisher.join(0.25)
+                drained = time.monotonic() + DRAIN_SECONDS
+                while not self._drained() and time.monotonic() < drained and not self._failures:
+                    live.update(self._view(began, "waiting for the last answers"))
+                    self._check_processes()
+                    threading.Event().wait(0.25)
+                live.update(self._view(began, "done"))
+            if self._failures:
+                raise self._failures[0]
+            statuses = {name: self._status(name) for name in self.boards}
+            versions = {name: self._versions(name) for name in self.boards}
+            code = self._report(began, statuses, versions)
+            if keep:
+                self._stay(broker.bootstrap)
+        return code
+
+    # Processes
+
+    def _start(self, bootstrap: str) -> None:
+        settings = settings_of(self.streams, self.directory, bootstrap, self.ports)
+        file = self.folder / "trimtab.yaml"
+        file.write_text(yaml.safe_dump(settings, sort_keys=False))
+        kafka = KafkaSettings(bootstrap_servers=bootstrap)
+        with self.console.status("creating topics"):
+            create_topics(kafka, self.topics, [f"{TWIN}-predictions"])
+        with self.console.status("starting the learner and a worker: torch and the text model are loaded once each"):
+            self._spawn("learner", "learner")
+            self._spawn("worker", "worker")
+            self._await_ready("learner", self.ports[1])
+            self._await_ready("worker", self.ports[0])
+
+    def _spawn(self, name: str, *command: str) -> None:
+        log = (self.directory / f"{name}.log").open("ab")
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, "-m", "deploy.cli", *command, "--config", str(self.folder / "trimtab.yaml")],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def _await_ready(self, name: str, port: int) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            self._check_processes()
+            with contextlib.suppress(OSError):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
+                    return
+            threading.Event().wait(0.2)
+        raise RetryLater(f"the {name} was not ready within {START_SECONDS} s; see {self.directory / name}.log")
+
+    def _check_processes(self) -> None:
+        for name, process in self.processes.items():
+            if process.poll() is not None:
+                tail = (self.directory / f"{name}.log").read_text(errors="replace")[-1500:]
+                raise Misconfigured(f"the {name} ended with code {process.returncode}; its last words:\n{tail}")
+
+    def _end(self) -> None:
+        self._ending.set()
+        for process in self.processes.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        for process in self.processes.values():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _stay(self, bootstrap: str) -> None:
+        self.console.print(
+            Panel(
+                f"broker    {bootstrap}\nworker    http://127.0.0.1:{self.ports[0]}/metrics\n"
+                f"learner   http://127.0.0.1:{self.ports[1]}/streams\nsettings  {self.folder / 'trimtab.yaml'}\n\n"
+                f"try       trimtab predictions --follow --config {self.folder / 'trimtab.yaml'}\n"
+                "Ctrl-C ends everything.",
+                title="still running",
+            )
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                self._check_processes()
+                threading.Event().wait(1)
+
+    # Messages
+
+    @contextlib.contextmanager
+    def _threads(self, bootstrap: str) -> Iterator[None]:
+        names = ("predictions", "model_versions", "dead_letters")
+        readers = [
+            threading.Thread(
+                target=self._guarded, args=(self._read, bootstrap, self.topics.name(name), name), daemon=True
+            )
+            for name in names
+        ]
+        twin = f"{PREFIX}{TWIN}-predictions"
+        readers.append(threading.Thread(target=self._guarded, args=(self._read, bootstrap, twin, TWIN), daemon=True))
+        for reader in readers:
+            reader.start()
+        try:
+            yield
+        finally:
+            self._ending.set()
+            for reader in readers:
+                reader.join(5)
+
+    def _guarded(self, work: Any, *arguments: Any) -> None:
+        try:
+            work(*arguments)
+        except BaseException as error:
+            self._failures.append(error)
+
+    def _publish(self, bootstrap: str) -> None:
+        producer = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "linger.ms": 5})
+        messages = list(interleave(self.streams))
+        pause = PUBLISH_SECONDS / len(messages)
+        started, frozen = time.monotonic(), False
+        paused = 0.0
+        for number, message in enumerate(messages):
+            if self._ending.is_set():
+                return
+            waiting = time.monotonic()
+            while self._unanswered() > MOST_UNANSWERED and not self._ending.is_set():
+                threading.Event().wait(0.02)
+            paused += time.monotonic() - waiting
+            ahead = started + paused + number * pause - time.monotonic()
+            if ahead > 0.005:
+                threading.Event().wait(ahead)
+            if not frozen and self._first_wave_over():
+                frozen = True
+                self._freeze()
+            message = self._stamped(message)
+            topic = "labels" if isinstance(message, Label) else "reports" if hasattr(message, "text") else "telemetry"
+            producer.produce(self.topics.name(topic), value=encode(message), key=message.event_id.encode())
+            producer.poll(0)
+            self.published.append(message)
+            self.boards[message.stream].published(message)
+        producer.flush(30)
+
+    def _stamped(self, message: Event | Label) -> Event | Label:
+        """Events keep the time of what they tell; labels of the questions are given now."""
+        return message
+
+    def _unanswered(self) -> int:
+        return sum(board.events - len(board.answers) for board in self.boards.values())
+
+    def _first_wave_over(self) -> bool:
+        leading = next(board for board in self.boards.values() if len(board.stream.waves) > 1)
+        return leading.events >= leading.stream.waves[1]
+
+    def _freeze(self) -> None:
+        """Start the twin on what is in service now."""
+        pins = {name: str(self._status(name)["serving"]) for name in self.boards}
+        self.frozen_from = {name: board.events for name, board in self.boards.items()}
+        self.notes.append("frozen twin: " + ", ".join(f"{name} {pin}" for name, pin in pins.items()))
+        arguments = [part for name, pin in pins.items() for part in ("--pin", f"{name}={pin}")]
+        self._spawn(
+            TWIN,
+            "worker",
+            *arguments,
+            "--group",
+            f"{PREFIX}{TWIN}",
+            "--predictions",
+            f"{PREFIX}{TWIN}-predictions",
+            "--port",
+            "0",
+        )
+
+    def _read(self, bootstrap: str, topic: str, kind: str) -> None:
+        tail = TopicTail({"bootstrap.servers": bootstrap}, topic)
+        try:
+            tail.catch_up(lambda record: self._take(kind, record.key or b"", record.value or b""))
+            while not self._ending.is_set():
+                for record in tail.poll(0.1):
+                    self._take(kind, record.key or b"", record.value or b"")
+        finally:
+            tail.close()
+
+    def _take(self, kind: str, key: bytes, value: bytes) -> None:
+        if kind == "dead_letters":
+            self.dead_letters += 1
+        elif kind == "model_versions":
+            pointer = json.loads(value)
+            if pointer["kind"] == "champion":
+                self._swapped(pointer)
+        else:
+            prediction = Prediction.model_validate_json(value)
+            board = self.boards[prediction.stream]
+            if kind == TWIN:
+                self.twin_predictions.append(prediction)
+                board.frozen[prediction.event_id] = prediction
+            else:
+                self.predictions.append(prediction)
+                board.answered(prediction)
+
+    def _swapped(self, pointer: Mapping[str, Any]) -> None:
+        board = self.boards[pointer["stream"]]
+        if pointer["version"] == "v1":
+            return
+        board.swaps += 1
+        board.last_swap = f"{pointer['version']} at event {board.events}"
+        self.swaps.append(reporting.Swap(pointer["stream"], pointer["version"], board.events, utc_now()))
+
+    def _drained(self) -> bool:
+        answered = all(len(board.answers) >= board.events for board in self.boards.values())
+        twin = all(len(board.frozen) >= board.events for board in self.boards.values()) or TWIN not in self.processes
+        if not (answered and twin):
+            return False
+        running = [self._status(name)["fine_tune"]["running"] for name in self.boards]
+        return not any(running)
+
+    # What is seen
+
+    def _status(self, stream: str) -> dict[str, Any]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[1]}/streams/{stream}", timeout=60) as answer:
+            found: dict[str, Any] = json.loads(answer.read())
+            return found
+
+    def _versions(self, stream: str) -> list[dict[str, Any]]:
+        url = f"http://127.0.0.1:{self.ports[1]}/streams/{stream}/versions"
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            found: list[dict[str, Any]] = json.loads(answer.read())
+            return found
+
+    def _view(self, began: float, state: str = "") -> Group:
+        seconds = time.monotonic() - began
+        table = Table(title="trimtab: answering, learning, never stopping", title_justify="left", expand=True)
+        for column in ("stream", "events", "answered", "labels", "served", "frozen", "no change", "majority"):
+            table.add_column(column, justify="left" if column == "stream" else "right", no_wrap=True)
+        table.add_column("version", no_wrap=True)
+        table.add_column("last swap", no_wrap=True)
+        for name, board in self.boards.items():
+            served, frozen, no_change, majority = board.shares()
+            version = self.boards[name].answers[board.recent[-1]].model_version if board.recent else "–"
+            table.add_row(
+                name,
+                f"{board.events}/{board.stream.events}",
+                str(len(board.answers)),
+                str(board.labels),
+                f"[bold]{served}[/bold]",
+                frozen,
+                no_change,
+                majority,
+                version,
+                board.last_swap,
+            )
+        rate = len(self.predictions) / max(1.0, seconds)
+        line = (
+            f"{seconds:5.0f} s   {rate:6.0f} predictions/s   {self._unanswered()} waiting   "
+            f"{self.dead_letters} dead letters   share right of the last {RECENT} answers   {state}"
+        )
+        return Group(table, line)
+
+    def _report(
+        self,
+        began: float,
+        statuses: Mapping[str, Mapping[str, Any]],
+        versions: Mapping[str, Sequence[Mapping[str, Any]]],
+    ) -> int:
+        raise NotImplementedError
+
+
+def run(
+    *, keep: bool = False, report: Path = Path("demo-report"), seed: int = 0, console: Console | None = None
+) -> int:
+    """Run the demo; returns the exit code: 0 where nothing was lost and at least one fine-tune was promoted."""
+    return Demo(report, seed, console or Console()).run(keep)
