@@ -9,10 +9,12 @@ an environment that has no more than the contestants need.
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +41,16 @@ PACKAGES = ("confluent-kafka", "faust-streaming", "mode-streaming", "prometheus-
 class NullModel:
     """Answers every event alike, at no cost."""
 
-    def predict(self, stream: str, events: list[Event]) -> list[Answer]:
+    def predict(self, stream: str, events: Sequence[Event]) -> list[Answer]:
         return [ANSWER] * len(events)
 
     def announce(self, key: bytes, value: bytes | None) -> None:
+        pass
+
+    def catching_up(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def close(self) -> None:
         pass
 
 
@@ -211,6 +219,7 @@ def main(name: str, config: Mapping[str, Any]) -> int:
     if name == "versions":
         sys.stdout.write(json.dumps(versions(PACKAGES)))
         return 0
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s %(message)s")
     return {"worker": run_worker, "bare": run_bare, "quix": run_quix}[name](config)
 
 

@@ -170,7 +170,13 @@ class Kafka:
         while last < total:
             contestant.check()
             looked = time.perf_counter()
-            done = sum(max(0, place.offset) for place in asking.committed(places, timeout=30))
+            try:
+                done = sum(max(0, place.offset) for place in asking.committed(places, timeout=30))
+            except KafkaException as error:
+                # A group's coordinator takes a moment to be found on a broker that has just started.
+                if not error.args[0].retriable():
+                    raise BenchmarkFailed(f"the commits of {contestant.name} cannot be seen: {error}") from error
+                done = last
             now = time.perf_counter()
             if done > last:
                 last, moved = done, now

@@ -81,6 +81,7 @@ def contest(kafka: Kafka, python: str, mode: str, chosen: argparse.Namespace, co
                     f"{mode}, run {round_ + 1} of {chosen.runs}: {name:<6} {passage.rate:>9,.0f} events/s, "
                     f"{passage.cpu_per_event:.1f} µs of processor time an event",
                     highlight=False,
+                    soft_wrap=True,
                 )
     return Contest(mode, rates, cpu).rows(AGAINST)
 

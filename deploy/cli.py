@@ -103,9 +103,9 @@ def main() -> None:
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
     """Options before any command."""
     if version:
-        from trimtab import __version__
+        from importlib.metadata import version as installed
 
-        typer.echo(f"trimtab {__version__}")
+        typer.echo(f"trimtab {installed('trimtab')}")
         raise typer.Exit
 
 

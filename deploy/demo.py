@@ -33,11 +33,11 @@ from rich.table import Table
 
 from deploy import report as reporting
 from deploy.broker import EmbeddedBroker
-from deploy.demo_data import DemoStream, interleave, intents, rotation, storm
+from deploy.demo_data import DemoStream, intents, interleave, rotation, storm
 from stream.batches import TopicTail
 from stream.errors import Misconfigured, RetryLater
-from stream.events import Event, Label, Prediction, encode, utc_now
-from stream.kafka import KafkaSettings, Topics, create_topics
+from stream.events import Event, Label, Prediction, Telemetry, encode
+from stream.kafka import KafkaSettings, TopicKind, Topics, create_topics
 from stream.service import free_port
 
 PREFIX = "demo-"
@@ -76,7 +76,7 @@ def settings_of(
         else:
             blocks[stream.name] = {
                 "kind": "telemetry",
-                "encoder": {"channels": list(stream.channels), "window": 27, "dimension": 192},
+                "encoder": {"channels": list(stream.channels), "window": stream.steps, "dimension": 192},
                 "labels": list(stream.levels),
                 "closed": True,
                 "triggers": {},
@@ -167,11 +167,8 @@ class Demo:
         self.predictions: list[Prediction] = []
         self.twin_predictions: list[Prediction] = []
         self.published: list[Event | Label] = []
-        self.swaps: list[reporting.Swap] = []
+        self.labels: list[reporting.Arrived] = []
         self.dead_letters = 0
-        self.frozen_from: dict[str, int] = {}
-        self.twin_ends: dict[str, int] = {}
-        self.notes: list[str] = []
         self._ending = threading.Event()
         self._failures: list[BaseException] = []
 
@@ -200,9 +197,7 @@ class Demo:
                 live.update(self._view(began, "done"))
             if self._failures:
                 raise self._failures[0]
-            statuses = {name: self._status(name) for name in self.boards}
-            versions = {name: self._versions(name) for name in self.boards}
-            code = self._report(began, statuses, versions)
+            code = self._report(began)
             if keep:
                 self._stay(broker.bootstrap)
         return code
@@ -237,9 +232,11 @@ class Demo:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             self._check_processes()
-            with contextlib.suppress(OSError):
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5):
-                    return
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5),
+            ):
+                return
             threading.Event().wait(0.2)
         raise RetryLater(f"the {name} was not ready within {START_SECONDS} s; see {self.directory / name}.log")
 
@@ -281,7 +278,7 @@ class Demo:
 
     @contextlib.contextmanager
     def _threads(self, bootstrap: str) -> Iterator[None]:
-        names = ("predictions", "model_versions", "dead_letters")
+        names: tuple[TopicKind, ...] = ("predictions", "labels", "model_versions", "dead_letters")
         readers = [
             threading.Thread(
                 target=self._guarded, args=(self._read, bootstrap, self.topics.name(name), name), daemon=True
@@ -315,7 +312,8 @@ class Demo:
             if self._ending.is_set():
                 return
             waiting = time.monotonic()
-            while self._unanswered() > MOST_UNANSWERED and not self._ending.is_set():
+            # A label comes after its event's answer, as it would in life.
+            while self._must_wait(message) and not self._ending.is_set():
                 threading.Event().wait(0.02)
             paused += time.monotonic() - waiting
             ahead = started + paused + number * pause - time.monotonic()
@@ -324,17 +322,18 @@ class Demo:
             if not frozen and self._first_wave_over():
                 frozen = True
                 self._freeze()
-            message = self._stamped(message)
-            topic = "labels" if isinstance(message, Label) else "reports" if hasattr(message, "text") else "telemetry"
+            topic: TopicKind = "telemetry" if isinstance(message, Telemetry) else "reports"
+            if isinstance(message, Label):
+                topic = "labels"
             producer.produce(self.topics.name(topic), value=encode(message), key=message.event_id.encode())
             producer.poll(0)
             self.published.append(message)
             self.boards[message.stream].published(message)
         producer.flush(30)
 
-    def _stamped(self, message: Event | Label) -> Event | Label:
-        """Events keep the time of what they tell; labels of the questions are given now."""
-        return message
+    def _must_wait(self, message: Event | Label) -> bool:
+        early = isinstance(message, Label) and message.event_id not in self.boards[message.stream].answers
+        return early or self._unanswered() > MOST_UNANSWERED
 
     def _unanswered(self) -> int:
         return sum(board.events - len(board.answers) for board in self.boards.values())
@@ -346,8 +345,6 @@ class Demo:
     def _freeze(self) -> None:
         """Start the twin on what is in service now."""
         pins = {name: str(self._status(name)["serving"]) for name in self.boards}
-        self.frozen_from = {name: board.events for name, board in self.boards.items()}
-        self.notes.append("frozen twin: " + ", ".join(f"{name} {pin}" for name, pin in pins.items()))
         arguments = [part for name, pin in pins.items() for part in ("--pin", f"{name}={pin}")]
         self._spawn(
             TWIN,
@@ -364,16 +361,20 @@ class Demo:
     def _read(self, bootstrap: str, topic: str, kind: str) -> None:
         tail = TopicTail({"bootstrap.servers": bootstrap}, topic)
         try:
-            tail.catch_up(lambda record: self._take(kind, record.key or b"", record.value or b""))
+            tail.catch_up(lambda record: self._take(kind, record))
             while not self._ending.is_set():
                 for record in tail.poll(0.1):
-                    self._take(kind, record.key or b"", record.value or b"")
+                    self._take(kind, record)
         finally:
             tail.close()
 
-    def _take(self, kind: str, key: bytes, value: bytes) -> None:
+    def _take(self, kind: str, record: Record) -> None:
+        value = record.value or b""
         if kind == "dead_letters":
             self.dead_letters += 1
+        elif kind == "labels":
+            at = datetime.fromtimestamp(record.timestamp_ms / 1000, UTC)
+            self.labels.append(reporting.Arrived(Label.model_validate_json(value), at))
         elif kind == "model_versions":
             pointer = json.loads(value)
             if pointer["kind"] == "champion":
@@ -394,27 +395,17 @@ class Demo:
             return
         board.swaps += 1
         board.last_swap = f"{pointer['version']} at event {board.events}"
-        self.swaps.append(reporting.Swap(pointer["stream"], pointer["version"], board.events, utc_now()))
 
     def _drained(self) -> bool:
         answered = all(len(board.answers) >= board.events for board in self.boards.values())
         twin = all(len(board.frozen) >= board.events for board in self.boards.values()) or TWIN not in self.processes
-        if not (answered and twin):
-            return False
-        running = [self._status(name)["fine_tune"]["running"] for name in self.boards]
-        return not any(running)
+        return answered and twin
 
     # What is seen
 
     def _status(self, stream: str) -> dict[str, Any]:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[1]}/streams/{stream}", timeout=60) as answer:
             found: dict[str, Any] = json.loads(answer.read())
-            return found
-
-    def _versions(self, stream: str) -> list[dict[str, Any]]:
-        url = f"http://127.0.0.1:{self.ports[1]}/streams/{stream}/versions"
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            found: list[dict[str, Any]] = json.loads(answer.read())
             return found
 
     def _view(self, began: float, state: str = "") -> Group:
@@ -446,13 +437,60 @@ class Demo:
         )
         return Group(table, line)
 
-    def _report(
-        self,
-        began: float,
-        statuses: Mapping[str, Mapping[str, Any]],
-        versions: Mapping[str, Sequence[Mapping[str, Any]]],
-    ) -> int:
-        raise NotImplementedError
+    def _report(self, began: float) -> int:
+        """Write the report and sum it up; 1 where something was lost or no fine-tune was promoted."""
+        runs = [
+            reporting.StreamRun(
+                name=stream.name,
+                question=stream.question,
+                source=stream.source,
+                events=[m.event_id for m in self.published if m.stream == stream.name and not isinstance(m, Label)],
+                predictions=[p for p in self.predictions if p.stream == stream.name],
+                labels=[arrived for arrived in self.labels if arrived.label.stream == stream.name],
+                frozen=[p for p in self.twin_predictions if p.stream == stream.name],
+                waves=stream.waves,
+            )
+            for stream in self.streams
+        ]
+        made = reporting.assemble(
+            runs,
+            seconds=time.monotonic() - began,
+            dead_letters=self.dead_letters,
+            broker="the embedded broker, in memory: no claim about delivery rests on it",
+            generated_at=utc_now(),
+        )
+        file, page = reporting.write_report(made, self.folder)
+        self.console.print(self._summary(made))
+        self.console.print(f"The report with its plots is {page}, its numbers are {file}.")
+        promoted = any(stream.swaps for stream in made.streams.values())
+        if not promoted:
+            self.console.print("No fine-tuned version answered before the end; its state folder has the learner's log.")
+        return 0 if promoted and not made.lost else 1
+
+    def _summary(self, made: reporting.DemoReport) -> Group:
+        table = Table(title="What learning bought: share right over the whole run", title_justify="left", expand=True)
+        for column in ("stream", "scored", "served", "frozen", "no change", "majority", "forgetting", "versions"):
+            table.add_column(column, justify="left" if column == "stream" else "right", no_wrap=True)
+
+        def share(value: float | None) -> str:
+            return "–" if value is None else f"{value:.3f}"
+
+        for name, stream in made.streams.items():
+            table.add_row(
+                name,
+                str(stream.scored),
+                f"[bold]{share(stream.accuracy)}[/bold]",
+                share(stream.accuracy_frozen),
+                share(stream.accuracy_no_change),
+                share(stream.accuracy_majority),
+                share(stream.forgetting),
+                str(stream.versions),
+            )
+        counts = (
+            f"{made.lost} lost, {made.duplicated} duplicated, {made.dead_letters} dead letters, {made.seconds:.0f} s, "
+            f"on {made.broker}"
+        )
+        return Group(table, *made.words, counts)
 
 
 def run(

@@ -75,6 +75,12 @@ class DemoStream:
         return len(self.truth)
 
     @property
+    def steps(self) -> int:
+        """Time steps of a telemetry window; 0 for a text stream."""
+        first = self.messages[0]
+        return len(first.values[0]) if isinstance(first, Telemetry) else 0
+
+    @property
     def labels(self) -> int:
         """How many label messages there are, repeats and corrections included."""
         return len(self.messages) - len(self.truth)

@@ -14,12 +14,11 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from learner.slot import Slot
+from typing import TYPE_CHECKING, Any
 
 from deploy.settings import Settings, TextStream, rules
 from learner.registry import Registry
+from learner.slot import Slot
 from monitoring import log
 from monitoring.metrics import Metrics
 from stream.batches import KafkaReader, KafkaWriter, TopicTail
@@ -28,6 +27,10 @@ from stream.events import Decoder, utc_now
 from stream.kafka import check_broker, check_topics
 from stream.service import Health, Shell
 from stream.worker import Classifier, Parts, Worker
+
+if TYPE_CHECKING:
+    from learner.app import Parts as LearnerParts
+    from learner.online import StreamPlan
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +121,6 @@ def run_worker(
 def run_learner(settings: Settings, *, port: int | None = None) -> int:
     """Run a learner until it is told to end; returns the exit code."""
     from learner.app import LearnerApp
-    from learner.app import Parts as LearnerParts
     from learner.control import Gate
 
     log.configure(settings.log.level, settings.log.format)
@@ -147,7 +149,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
 
 def _learner_parts(
     settings: Settings, group: str, metrics: Metrics, learn: Callable[[Callable[[], Any]], Future[Any]]
-) -> Any:
+) -> LearnerParts:
     from learner.app import Outbox
     from learner.app import Parts as LearnerParts
     from learner.joining import Joiner, JoinTopics
@@ -213,12 +215,12 @@ def _learner_parts(
         utc_now,
         settings.learner.device,
     )
-    outbox = Outbox(store, settings.kafka.confluent())
+    outbox = Outbox(store, epoch, settings.kafka.confluent())
     budgets = {name: stream.forgetting_budget for name, stream in settings.streams.items()}
     return LearnerParts(reader, joiner, learners, trainer, drift, store, registry, outbox, epoch, budgets)
 
 
-def plan_of(settings: Settings, name: str, device: str) -> Any:
+def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
     """What the learner must know of one stream."""
     from learner.encoders import Encoder, build_telemetry_encoder, build_text_encoder
     from learner.online import StreamPlan
@@ -245,6 +247,7 @@ def plan_of(settings: Settings, name: str, device: str) -> Any:
         kind=stream.kind,
         channels=() if isinstance(stream, TextStream) else stream.encoder.channels,
         base=base,
+        prior=stream.prior,
         guard=stream.guard,
         max_classes=stream.new_classes.total,
         max_new_classes_a_day=stream.new_classes.per_day,

@@ -36,7 +36,7 @@ from monitoring.drift import DriftMonitor, Kind
 from monitoring.metrics import Metrics
 from replay.store import LearnerStore, Outgoing
 from stream.batches import Reader
-from stream.errors import RetryLater, TrimtabError
+from stream.errors import RetryLater, Superseded, TrimtabError
 from stream.events import encode
 from stream.service import Shell
 
@@ -56,11 +56,12 @@ class Outbox:
 
     Args:
         store: whose outbox it empties.
+        epoch: under which the store is owned.
         connection: librdkafka connection properties.
     """
 
-    def __init__(self, store: LearnerStore, connection: Mapping[str, Any]) -> None:
-        self._store = store
+    def __init__(self, store: LearnerStore, epoch: int, connection: Mapping[str, Any]) -> None:
+        self._store, self._epoch = store, epoch
         self._failed: list[str] = []
         self._producer = Producer(
             {
@@ -77,10 +78,12 @@ class Outbox:
 
         Raises:
             RetryLater: the broker did not acknowledge them; they wait on.
+            Superseded: another learner owns the store, and sends them.
         """
         messages = self._store.outbox()
         if not messages:
             return 0
+        check_owner(self._store, self._epoch)
         self._failed.clear()
         for message in messages:
             self._producer.produce(
@@ -100,6 +103,17 @@ class Outbox:
     def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self._failed.append(str(error))
+
+
+def check_owner(store: LearnerStore, epoch: int) -> None:
+    """Return if the store is still owned under `epoch`.
+
+    Raises:
+        Superseded: another learner claimed it since.
+    """
+    owner = store.owner()
+    if owner is not None and owner[1] != epoch:
+        raise Superseded(f"learner {owner[0]!r} owns the store under epoch {owner[1]}, this learner's is {epoch}")
 
 
 @dataclass(frozen=True)
@@ -221,6 +235,8 @@ class LearnerApp:
         try:
             self._parts = await loop.run_in_executor(self._learning, self._connect, self.learn)
             self.parts.trainer.start()
+            for stream, budget in self.parts.budgets.items():
+                self.metrics.forgetting_budget.labels(stream).set(budget)
             self._opened.set()
             self.shell.health.ready("models")
             while not self._ending.is_set():
@@ -289,6 +305,8 @@ class LearnerApp:
 
     def _look(self) -> None:
         parts, metrics = self.parts, self.metrics
+        # Without a label to learn, nothing else would tell a learner that another one took over.
+        check_owner(parts.store, parts.epoch)
         sizes = parts.store.sizes()
         metrics.outbox.set(sizes["outbox"])
         metrics.join_index.set(sizes["served"])
@@ -414,6 +432,8 @@ class LearnerApp:
         learner.put_in_service(manifest, {}, cause, now)
         outcome = "rolled_back" if request.action == "rollback" else "promoted"
         self.metrics.versions.labels(request.stream, outcome).inc()
+        if outcome == "promoted":
+            self.metrics.last_promotion.labels(request.stream).set(now.timestamp())
         return f"{learner.serving.name} is in service"
 
     def _predecessor(self, stream: str, learner: OnlineLearner) -> str:
@@ -523,7 +543,7 @@ class LearnerApp:
                 try:
                     body = json.loads(await request.text() or "{}")
                     asked = ControlRequest.model_validate({**body, "action": what, "stream": stream})
-                except ValueError as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     return shell.json(self, {"error": str(error)}, 400)
                 answer = await learner.act(asked)
                 return shell.json(self, answer.model_dump(mode="json"), 202 if answer.accepted else 409)

@@ -115,8 +115,14 @@ class Encoder(Protocol):
         """One tensor: token ids (B, L) padded with 0, or windows (B, C, T) padded with NaN before their first step."""
         ...
 
-    def embed(self, payloads: Sequence[Payload]) -> npt.NDArray[np.float32]:
-        """Embeddings (n, d) in the payloads' order, every component within the bound."""
+    def embed(self, payloads: Sequence[Payload], *, repeatable: bool = False) -> npt.NDArray[np.float32]:
+        """Embeddings (n, d) in the payloads' order, every component within the bound.
+
+        Matrix kernels sum in another order for another batch size, so a payload's last bits depend on
+        what it is batched with. Where they must not, as in an example that is learned and whose head
+        must come out the same in any order of messages, `repeatable` embeds each payload by itself:
+        slower, and always the same bits on one machine.
+        """
         ...
 
     def files(self) -> dict[str, bytes]:
@@ -181,7 +187,7 @@ def build_telemetry_encoder(
         learned: components of the trainable network; one more where the rest is odd.
     """
     if dimension < 2 * learned + 2:
-        raise ValueError(f"{dimension} dimensions leave too little beside {learned} learned ones")
+        raise Misconfigured(f"{dimension} dimensions leave too little beside {learned} learned ones")
     statistics = min(len(channels) * _statistics_each(window), dimension // 2)
     kernels = (dimension - statistics - learned) // 2
     config = TelemetryConfig(
@@ -211,7 +217,7 @@ def load_encoder(spec: EncoderSpec, files: Mapping[str, Path], device: str | tor
     try:
         if spec.kind == "text":
             text = TextConfig.model_validate(spec.config)
-            _check_shapes(_text_backbone(files[CONFIG], "meta"), files[WEIGHTS])
+            _check_shapes(_text_backbone(files[CONFIG], text.max_tokens, "meta"), files[WEIGHTS])
             module, tokenizer = _text_parts(files[TOKENIZER], files[CONFIG], text.max_tokens)
             _load(module, safetensors.torch.load_file(files[WEIGHTS]), files[WEIGHTS])
             _check_output(module, spec)
@@ -272,10 +278,11 @@ class TextEncoder:
     def collate(self, payloads: Sequence[Payload]) -> Tensor:
         return _pad_tokens(self._tokens(payloads))
 
-    def embed(self, payloads: Sequence[Payload]) -> npt.NDArray[np.float32]:
+    def embed(self, payloads: Sequence[Payload], *, repeatable: bool = False) -> npt.NDArray[np.float32]:
         out = np.empty((len(payloads), self.module.dimension), dtype=np.float32)
         tokens = self._tokens(payloads)
         budget = TEXT_BATCH_TOKENS_CUDA if self._device.type == "cuda" else TEXT_BATCH_TOKENS
+        budget = 0 if repeatable else budget
         with torch.inference_mode():
             for rows in _batches([len(ids) for ids in tokens], budget):
                 batch = _pad_tokens([tokens[row] for row in rows]).to(self._device, non_blocking=True)
@@ -304,12 +311,13 @@ class TextEncoder:
 class TelemetryModule(nn.Module):
     """Levels, shapes and a small trainable network over a window of numbers of unknown scale.
 
-    Values are squashed by asinh, which is linear near zero and logarithmic far from it, so that a
-    channel in volts and one in counts both fit without anything being known of them; `centre` and
-    `scale` are per-channel buffers, 0 and 1 until a fine-tune knows better (`set_statistics`).
-    Three parts are concatenated:
+    Nothing need be known of a channel's scale: levels are squashed by asinh, which is linear near zero
+    and logarithmic far from it, orders of magnitude are logarithms, and trends are measured in the
+    window's own deviations. `centre` and `scale` are per-channel buffers, 0 and 1 until a fine-tune
+    knows better (`set_statistics`). Three parts are concatenated:
 
-    - statistics of the squashed values at several scales that all end at the newest step;
+    - the last value, and over several stretches that all end with it level, spread, extremes, slope
+      and order of magnitude;
     - fixed random kernels on each window brought to mean 0 and deviation 1, pooled by their maximum
       and by the share of positive values (Dempster, Petitjean and Webb 2020, "ROCKET"; 2021, "MiniRocket");
     - a causal convolutional network, which fine-tuning trains.
@@ -355,14 +363,17 @@ class TelemetryModule(nn.Module):
         """Windows (B, C, T), NaN = missing -> (B, d) within the bound."""
         x = (windows - self.centre[:, None]) / self.scale[:, None]
         seen = ~torch.isnan(x)
-        level = torch.asinh(torch.nan_to_num(x))
-        level, valid = _fill(level, seen)
+        x, valid = _fill(torch.nan_to_num(x), seen)
+        level = torch.asinh(x)
+        mask = valid[:, None]
         count = valid.sum(dim=1).clamp(min=1.0)[:, None]
-        mean = (level * valid[:, None]).sum(dim=2) / count
-        spread = (((level - mean[..., None]) * valid[:, None]).square().sum(dim=2) / count).sqrt()
-        shape = (level - mean[..., None]) / (spread[..., None] + 1e-3) * valid[:, None]
-        missing = (~seen).to(level.dtype) * valid[:, None]
-        parts = [self._statistics(level, valid, missing)]
+        mean = (level * mask).sum(dim=2, keepdim=True) / count[..., None]
+        centred = (level - mean) * mask
+        spread = (centred.square().sum(dim=2, keepdim=True) / count[..., None]).sqrt()
+        # What is smaller than float32 can tell beside the level is rounding, not shape.
+        shape = centred / (spread + 1e-5 * mean.abs() + 1e-20)
+        missing = (~seen).to(level.dtype) * mask
+        parts = [self._statistics(x, level, shape, valid, missing)]
         if self.config.kernels:
             parts.append(self._shapes(shape, valid))
         if self.config.learned:
@@ -370,30 +381,36 @@ class TelemetryModule(nn.Module):
         bound = self.bound
         return bound * torch.tanh(torch.cat(parts, dim=1) / bound)
 
-    def _statistics(self, level: Tensor, valid: Tensor, missing: Tensor) -> Tensor:
+    def _statistics(self, x: Tensor, level: Tensor, shape: Tensor, valid: Tensor, missing: Tensor) -> Tensor:
         """Levels at every scale, (B, statistics)."""
-        steps = level.shape[2]
-        parts = [level[:, :, -1], missing.sum(dim=2) / valid.sum(dim=1).clamp(min=1.0)[:, None]]
-        previous = level[:, :, -2] if steps > 1 else level[:, :, -1]
-        parts.append(level[:, :, -1] - previous)
+        last = shape[:, :, -1]
+        previous = shape[:, :, -2] if shape.shape[2] > 1 else last
+        absent = missing.sum(dim=2) / valid.sum(dim=1).clamp(min=1.0)[:, None]
+        parts = [level[:, :, -1], last, last - previous, absent]
         for scale in self._scales:
-            tail = level[:, :, -scale:]
-            weight = valid[:, None, -scale:]
-            count = weight.sum(dim=2).clamp(min=1.0)
-            mean = (tail * weight).sum(dim=2) / count
-            centred = (tail - mean[..., None]) * weight
-            hidden = weight == 0
-            low = tail.masked_fill(hidden, math.inf).amin(dim=2)
-            high = tail.masked_fill(hidden, -math.inf).amax(dim=2)
-            parts += [mean, (centred.square().sum(dim=2) / count).sqrt(), low, high]
+            mask = valid[:, None, -scale:]
+            hidden = mask == 0
+            count = mask.sum(dim=2).clamp(min=1.0)
+            tail, bend = level[:, :, -scale:], shape[:, :, -scale:]
+            mean = (tail * mask).sum(dim=2) / count
+            centred = (tail - mean[..., None]) * mask
+            parts += [mean, (centred.square().sum(dim=2) / count).sqrt()]
+            parts += [tail.masked_fill(hidden, math.inf).amin(dim=2), tail.masked_fill(hidden, -math.inf).amax(dim=2)]
             time = torch.arange(1 - tail.shape[2], 1, device=level.device, dtype=level.dtype) / scale
-            clock = (time - ((time * weight).sum(dim=2) / count)[..., None]) * weight
-            parts.append((clock * centred).sum(dim=2) / clock.square().sum(dim=2).clamp(min=1e-3))
+            clock = (time - ((time * mask).sum(dim=2) / count)[..., None]) * mask
+            parts.append(0.5 * (clock * bend).sum(dim=2) / clock.square().sum(dim=2).clamp(min=1e-3))
+            # The order of magnitude, for channels that never come near 1, where asinh would see only zero.
+            size = (x[:, :, -scale:].abs() * mask).sum(dim=2) / count
+            parts.append(0.25 * torch.log(size + 1e-12))
         features = torch.nan_to_num(torch.cat(parts, dim=1), posinf=0.0, neginf=0.0)
         return features if self.projection is None else features @ self.projection.T
 
     def _shapes(self, shape: Tensor, valid: Tensor) -> Tensor:
-        """Share of positive values and maximum of every kernel, (B, 2 * kernels)."""
+        """Share of positive values and maximum of every kernel, (B, 2 * kernels).
+
+        Their factors bring both near the spread of the statistics: the head's shrinkage spares the
+        directions that vary most, and raw maxima would drown the levels while examples are few.
+        """
         shares, peaks = [], []
         count = valid.sum(dim=1).clamp(min=1.0)[:, None]
         hidden = valid[:, None] == 0
@@ -402,8 +419,8 @@ class TelemetryModule(nn.Module):
             if not len(kernels):
                 continue
             response = _causal(shape, kernels, self.offsets[group :: len(self._dilations)], dilation)
-            shares.append(((response > 0) & ~hidden).to(shape.dtype).sum(dim=2) / count)
-            peaks.append(response.masked_fill(hidden, -math.inf).amax(dim=2))
+            shares.append(2.0 * ((response > 0) & ~hidden).to(shape.dtype).sum(dim=2) / count)
+            peaks.append(0.25 * response.masked_fill(hidden, -math.inf).amax(dim=2))
         return torch.nan_to_num(torch.cat([*shares, *peaks], dim=1), neginf=0.0)
 
     def _learned(self, level: Tensor, shape: Tensor, missing: Tensor, valid: Tensor) -> Tensor:
@@ -441,10 +458,10 @@ class TelemetryEncoder:
             batch[row, :, steps - window.shape[1] :] = torch.from_numpy(window)
         return batch
 
-    def embed(self, payloads: Sequence[Payload]) -> npt.NDArray[np.float32]:
+    def embed(self, payloads: Sequence[Payload], *, repeatable: bool = False) -> npt.NDArray[np.float32]:
         out = np.empty((len(payloads), self.module.dimension), dtype=np.float32)
         windows = self._windows(payloads)
-        budget = max(1, TELEMETRY_BATCH_VALUES // len(self._config.channels))
+        budget = 0 if repeatable else TELEMETRY_BATCH_VALUES // len(self._config.channels)
         with torch.inference_mode():
             for rows in _batches([window.shape[1] for window in windows], budget):
                 batch = self.collate([windows[row] for row in rows]).to(self._device, non_blocking=True)
@@ -472,7 +489,7 @@ class TelemetryEncoder:
         return windows
 
 
-def _text_backbone(config_file: Path, device: str) -> TextModule:
+def _text_backbone(config_file: Path, max_tokens: int, device: str) -> TextModule:
     from transformers import AutoConfig, AutoModel
 
     try:
@@ -487,6 +504,9 @@ def _text_backbone(config_file: Path, device: str) -> TextModule:
         backbone = AutoModel.from_config(config)
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
+    positions = getattr(config, "max_position_embeddings", max_tokens)
+    if max_tokens > positions:
+        raise Misconfigured(f"{config_file} has {positions} positions, too few for texts of {max_tokens} tokens")
     return TextModule(backbone, int(config.hidden_size))
 
 
@@ -499,7 +519,7 @@ def _text_parts(tokenizer_file: Path, config_file: Path, max_tokens: int) -> tup
         raise Misconfigured(f"{tokenizer_file} is not a tokenizer: {error}") from error
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
-    return _text_backbone(config_file, "cpu"), tokenizer
+    return _text_backbone(config_file, max_tokens, "cpu"), tokenizer
 
 
 def _seeded(config: TelemetryConfig) -> TelemetryModule:
@@ -527,7 +547,7 @@ def _scales(window: int) -> list[int]:
 
 
 def _statistics_each(window: int) -> int:
-    return 3 + 5 * len(_scales(window))
+    return 4 + 6 * len(_scales(window))
 
 
 def _dilations(window: int, taps: int) -> list[int]:
@@ -536,17 +556,17 @@ def _dilations(window: int, taps: int) -> list[int]:
     return [2**power for power in range(int(math.log2(most)) + 1)]
 
 
-def _fill(level: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def _fill(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
     """Missing values filled from the last seen one, else from the first; and the mask (B, T) of steps to count.
 
     A step counts from the first on at which any channel was seen.
     """
-    steps = torch.arange(level.shape[2], device=level.device)
+    steps = torch.arange(x.shape[2], device=x.device)
     last = torch.where(seen, steps, -1).cummax(dim=2).values
-    first = torch.where(seen, steps, level.shape[2] - 1).amin(dim=2, keepdim=True)
+    first = torch.where(seen, steps, x.shape[2] - 1).amin(dim=2, keepdim=True)
     source = torch.where(last >= 0, last, first)
-    filled = level.gather(2, source)
-    valid = seen.any(dim=1).cummax(dim=1).values.to(level.dtype)
+    filled = x.gather(2, source)
+    valid = seen.any(dim=1).cummax(dim=1).values.to(x.dtype)
     return filled, valid
 
 

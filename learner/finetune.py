@@ -157,6 +157,19 @@ class FineTuneJob(BaseModel):
     settings: FineTuneSettings = FineTuneSettings()
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @model_validator(mode="after")
+    def _absolute(self) -> Self:
+        # The child has another working directory.
+        paths: dict[str, Any] = {
+            "directory": self.directory.absolute(),
+            "snapshot": self.snapshot.absolute(),
+            "state": self.state and self.state.absolute(),
+            "encoder_files": {name: path.absolute() for name, path in self.encoder_files.items()},
+        }
+        for name, value in paths.items():
+            object.__setattr__(self, name, value)
+        return self
+
     @property
     def out(self) -> Path:
         """Where the candidate is written."""
@@ -271,6 +284,7 @@ def run_finetune(
             a candidate that is incomplete, altered or not finite.
     """
     started = time.monotonic()
+    job.out.joinpath(RESULT_FILE).unlink(missing_ok=True)
     shutil.rmtree(job.out, ignore_errors=True)
     job.directory.mkdir(parents=True, exist_ok=True)
     job.directory.joinpath("job.json").write_text(job.model_dump_json(indent=2))
@@ -278,7 +292,7 @@ def run_finetune(
     on_progress(Progress(phase="starting"))
     with log.open("wb") as stderr:
         child = subprocess.Popen(
-            [*(command or (sys.executable, "-m", "learner.training")), str(job.directory.absolute())],
+            [*(command or (sys.executable, "-m", "learner.training")), str(job.directory)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=stderr,

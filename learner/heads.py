@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
-from scipy.special import ndtr
+from scipy.special import expit
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -31,7 +31,7 @@ Prior = Literal["uniform", "sqrt", "empirical"]
 
 LEVELS = 32767
 EXACT = 2.0**53
-DEFAULT_SHRINKAGE = 0.5
+DEFAULT_SHRINKAGE = 1.0
 DEFAULT_PRIOR: Prior = "sqrt"
 
 
@@ -243,8 +243,9 @@ class LinearHead:
         bias: (C,) float32, without the prior.
         log_prior: (C,) float32.
         background: (d + 1,) float32, weight and bias of a pseudo-class at the mean of everything learned.
-        separation: (C,) float32, half the squared Mahalanobis distance of each class mean to that mean.
-        temperature: divides the likelihood scores, so that probabilities are neither too sure nor too shy.
+        separation: (C,) float32, half the squared Mahalanobis distance of each class mean to that mean:
+            how far the class stands out.
+        temperature: divides the scores, so that probabilities are neither too sure nor too shy.
     """
 
     def __init__(
@@ -297,20 +298,19 @@ class LinearHead:
         probabilities = exponents / exponents.sum(axis=1, keepdims=True)
         top = order[:, :k]
         labels = [tuple(self.classes[c] for c in row) for row in top]
-        best = order[:, 0]
-        novelty = self._novelty(likelihood[np.arange(len(best)), best], best, embeddings)
+        novelty = self._novelty(likelihood[np.arange(len(order)), order[:, 0]], embeddings)
         return HeadAnswer(labels, np.take_along_axis(probabilities, top, axis=1), novelty)
 
-    def _novelty(self, likelihood: Floats, best: npt.NDArray[np.intp], embeddings: Floats) -> Floats:
-        """Phi(-z) of the relative Mahalanobis distance (Ren et al. 2021, "A Simple Fix to Mahalanobis Distance").
+    def _novelty(self, likelihood: Floats, embeddings: Floats) -> Floats:
+        """How much rather the background than the best class: the relative Mahalanobis distance as a probability.
 
-        For an example of the class, likelihood minus background is normal with mean m and variance 2m,
-        where m is the class's separation. A class that lies at the mean of everything cannot tell: 0.5.
+        Ren et al. 2021, "A Simple Fix to Mahalanobis Distance for Improving Near-OOD Detection"; linear
+        here, because both share one covariance. Being a difference of squared distances in the metric of
+        what was learned, it is 0.5 for a class that lies at the mean of everything, a first and only
+        class among them, and it does not see an oddity in a direction in which no classes differ.
         """
         background = embeddings @ self.background[:-1] + self.background[-1]
-        m = self.separation[best].astype(np.float64)
-        z = np.where(m > 1e-6, (likelihood - background - m) / np.sqrt(2.0 * np.maximum(m, 1e-6)), 0.0)
-        novelty: Floats = ndtr(-z).astype(np.float32)
+        novelty: Floats = expit((background - likelihood) / np.float32(self.temperature)).astype(np.float32)
         return novelty
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -372,7 +372,7 @@ def solve(
         log_prior=_log_prior(moments.counts, prior).astype(np.float32),
         background=np.zeros(sums.dimension + 1, dtype=np.float32),
         separation=separation.astype(np.float32),
-        temperature=temperature if temperature is not None else moments.temperature(),
+        temperature=temperature if temperature is not None else _closed_temperature(separation, moments.counts),
     )
 
 
@@ -416,26 +416,34 @@ def fit_temperature(
         q: (n, d) examples that are in `sums`; a few hundred are enough.
         labels: their n labels, as they were added.
     """
-    fallback = _Moments(sums, shrinkage).temperature() if sums.total else 1.0
+    if not sums.total:
+        return 1.0
+    moments = _Moments(sums, shrinkage)
+    means = moments.means - moments.overall
+    separation = 0.5 * np.einsum("cd,cd->c", moments.whiten(means), means)
+    expected = _closed_temperature(separation, moments.counts)
     if not labels:
-        return fallback
+        return expected
     scores, own = _leave_one_out_scores(sums, q, labels, prior, shrinkage, 1.0)
-    rows = np.arange(len(own))
     # A class that the example alone makes up cannot be right, whatever the temperature.
-    usable = np.isfinite(scores[rows, own]) & (np.isfinite(scores).sum(axis=1) > 1)
+    usable = np.isfinite(scores[np.arange(len(own)), own]) & (np.isfinite(scores).sum(axis=1) > 1)
     if not usable.any():
-        return fallback
-    scores, own, rows = scores[usable], own[usable], np.arange(int(usable.sum()))
+        return expected
+    scores, own = scores[usable], own[usable]
+    rows = np.arange(len(own))
 
-    def loss(log_temperature: float) -> float:
-        tempered = scores / math.exp(log_temperature)
+    def loss(temperature: float) -> float:
+        tempered = scores / temperature
         peak = tempered.max(axis=1)
-        return float((np.log(np.exp(tempered - peak[:, None]).sum(axis=1)) + peak - tempered[rows, own]).mean())
+        surprise = np.log(np.exp(tempered - peak[:, None]).sum(axis=1)) + peak - tempered[rows, own]
+        # The closed form counts as much as a few examples, so that three lucky ones do not decide.
+        return float(surprise.sum()) + 2.0 * math.log(temperature / expected) ** 2
 
-    grid = np.linspace(math.log(0.25), math.log(64.0), 41)
+    # Never surer than the normal model itself, however well a handful of examples lies apart.
+    grid = np.geomspace(1.0, 64.0, 41)
     best = int(np.argmin([loss(t) for t in grid]))
-    fine = np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 11)
-    return float(math.exp(fine[int(np.argmin([loss(t) for t in fine]))]))
+    fine = np.geomspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 11)
+    return float(fine[int(np.argmin([loss(t) for t in fine]))])
 
 
 class _Moments:
@@ -446,7 +454,6 @@ class _Moments:
         step = sums.bound / LEVELS
         self.counts = np.array(list(sums.counts.values()), dtype=np.float64)
         self.total = float(self.counts.sum())
-        self.dimension = d
         rows = sums.class_sums()
         within = sums.gram - (rows / self.counts[:, None]).T @ rows
         whole = rows.sum(axis=0)
@@ -468,10 +475,6 @@ class _Moments:
         """rows @ inverse covariance."""
         solved: Doubles = cho_solve(self._factor, rows.T, check_finite=False).T * self.denominator
         return solved
-
-    def temperature(self) -> float:
-        """How far the plug-in estimate is too sure of itself."""
-        return 1.0 + self.dimension / max(self.denominator, 1.0)
 
 
 def _leave_one_out_scores(
@@ -508,13 +511,27 @@ def _leave_one_out_scores(
     stretch = np.where(alone, 1.0, n / np.maximum(n - 1.0, 1.0))
     distance[rows, own] = stretch**2 * (length + gain * length**2)
     distance *= ((moments.denominator - 1.0) / moments.denominator) if moments.denominator > 1.0 else 1.0
-    heat = temperature if temperature is not None else moments.temperature()
+    if temperature is None:
+        temperature = _closed_temperature(0.5 * between.diagonal(), moments.counts)
     scores: Doubles = -0.5 * distance
     reduced = np.broadcast_to(moments.counts, scores.shape).copy()
     reduced[rows, own] = n - 1.0
-    scores = (scores + _log_prior(reduced, prior)) / heat
+    scores = (scores + _log_prior(reduced, prior)) / temperature
     scores[rows[alone], own[alone]] = -np.inf
     return scores, own
+
+
+def _closed_temperature(separation: Doubles, counts: Doubles) -> float:
+    """How far the normal model is too sure of itself, from the sums alone.
+
+    Were every class normal, the best class's lead over the background would have mean m and variance
+    2m, with m the class's separation. Examples are also more and less typical of their class: where
+    each stands at a share of the way from the background that varies with variance v, the variance
+    becomes 2m + v (2m)^2, and scores are that much, 1 + 2vm, too large. On CLINC150 with 1 to 100
+    examples a class and on geomagnetic levels v = 1/18 comes near the temperature that
+    `fit_temperature` measures (separations of 0.3 to 190).
+    """
+    return 1.0 + float(separation @ counts / counts.sum()) / 9.0
 
 
 def _log_prior(counts: Doubles, prior: Prior) -> Doubles:

@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 from learner.encoders import Encoder, Payload, load_encoder
 from learner.exam import GuardSettings, guard_revision
 from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
-from learner.registry import Lineage, Pointer, Registry, VersionManifest
+from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from replay.store import LearnerStore, NotEmbedded, Outgoing, Transaction
 
@@ -157,6 +157,7 @@ class OnlineLearner:
             digest = self._store.encoder(self.plan.name)
             if digest is None:
                 digest = self._registry.version(self.plan.name, self.version).encoder_digest
+            self._note_champion()
             self._use(digest)
         self._load_sums()
         self.follow()
@@ -189,6 +190,14 @@ class OnlineLearner:
         self._registry.set_champion(self.plan.name, name)
         self.version = name
         self._use(digest)
+
+    def _note_champion(self) -> None:
+        """Tell the registry, where the learner ended between its decision and the note of it."""
+        try:
+            if self._registry.champion(self.plan.name) != self.version:
+                self._registry.set_champion(self.plan.name, self.version)
+        except BrokenVersion as error:
+            logger.warning("stream %s: %s", self.plan.name, error)
 
     def _use(self, digest: str) -> None:
         self.encoder = self._shelf.get(digest)
@@ -341,7 +350,12 @@ class OnlineLearner:
     # Versions
 
     def put_in_service(
-        self, manifest: VersionManifest, embeddings: Mapping[str, npt.NDArray[np.int16]], cause: str, now: datetime
+        self,
+        manifest: VersionManifest,
+        embeddings: Mapping[str, npt.NDArray[np.int16]],
+        cause: str,
+        now: datetime,
+        record: Callable[[Transaction], None] = lambda tx: None,
     ) -> None:
         """Make a committed version the champion: its encoder, and the head of the store under it.
 
@@ -349,6 +363,7 @@ class OnlineLearner:
 
         Args:
             embeddings: by event id, under the version's encoder, as far as they are there already.
+            record: writes, in the same transaction, what else becomes true with it.
         """
         number = manifest.number
         encoder = self._shelf.get(manifest.encoder_digest)
@@ -358,6 +373,7 @@ class OnlineLearner:
                 with self._store.transaction(self._epoch, now) as tx:
                     if manifest.encoder_digest != self._store.encoder(self.plan.name):
                         tx.rebase(self.plan.name, manifest.encoder_digest, known)
+                    record(tx)
                     tx.set_champion(self.plan.name, number, cause)
                     tx.remember(f"pinned/{self.plan.name}", "null")
                     self._send(tx, "version", manifest.name, 0, manifest.encoder_digest, manifest.head, now)

@@ -40,7 +40,7 @@ from learner.online import OnlineLearner, installed
 from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from replay.snapshot import write_snapshot
-from replay.store import Example, LearnerStore
+from replay.store import Example, LearnerStore, Transaction
 from stream.errors import TrimtabError
 
 logger = logging.getLogger(__name__)
@@ -404,7 +404,8 @@ class Trainer:
         if verdict.promote and learner.paused:
             state = "waiting"
             reasons.append("learning is paused; promote it by hand, or resume")
-        with self._store.transaction(self._epoch, now) as tx:
+
+        def record(tx: Transaction) -> None:
             tx.add_version(
                 stream,
                 encoder=encoder,
@@ -418,9 +419,13 @@ class Trainer:
             tx.update_run(run, state=state, finished=True, detail={"version": name, "reasons": reasons})
             if state == "refused":
                 tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new
+
+        if state == "promoted":
+            learner.put_in_service(manifest, result.by_event(), f"exam passed, asked for by {cause}", now, record)
+            self._metrics.last_promotion.labels(stream).set(now.timestamp())
+        else:
+            with self._store.transaction(self._epoch, now) as tx:
+                record(tx)
         logger.info("stream %s: %s is %s: %s", stream, name, state, "; ".join(reasons))
         self._metrics.versions.labels(stream, "promoted" if state == "promoted" else "refused").inc()
-        if state == "promoted":
-            learner.put_in_service(manifest, result.by_event(), f"exam passed, asked for by {cause}", now)
-            self._metrics.last_promotion.labels(stream).set(now.timestamp())
         return state

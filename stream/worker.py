@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import mode
 
@@ -218,7 +219,7 @@ class Worker:
         @app.agent(self._channel)  # type: ignore[untyped-decorator]
         async def classify(stream) -> None:  # type: ignore[no-untyped-def]
             async for batch in stream:
-                await worker._guard(lambda batch=batch: worker._answer(batch))
+                await worker._guard(partial(worker._answer, batch))
 
     async def _guard(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run a piece of the worker; whatever leaves it ends the process."""

@@ -67,7 +67,7 @@ class Deployment:
             blocks[block] = _merge(blocks.get(block, {}), values)
         self.settings = directory / "trimtab.yaml"
         self.settings.write_text(yaml.safe_dump(blocks))
-        create_topics(KafkaSettings(bootstrap_servers=kafka.bootstrap), self.topics)
+        create_topics(KafkaSettings(**blocks["kafka"]), self.topics)
 
     # Processes
 
@@ -75,15 +75,7 @@ class Deployment:
         """Start `trimtab COMMAND` with the settings file."""
         log = (self.directory / f"{command[0]}.log").open("ab")
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", *command, "--config", str(self.settings)]
-            if (REPOSITORY / "deploy/cli.py").exists()
-            else [
-                sys.executable,
-                "-c",
-                "import sys;from pathlib import Path;from deploy.settings import load_settings;from deploy import wiring;import os;s=load_settings(Path(sys.argv[2]),os.environ);sys.exit(wiring.run_worker(s) if sys.argv[1]=='worker' else wiring.run_learner(s))",
-                command[0],
-                str(self.settings),
-            ],
+            [sys.executable, "-m", "deploy.cli", *command, "--config", str(self.settings)],
             cwd=REPOSITORY,
             stdout=log,
             stderr=subprocess.STDOUT,

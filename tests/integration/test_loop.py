@@ -105,7 +105,7 @@ def test_the_whole_loop(deployment: Deployment, stream: str) -> None:
     """What a newcomer is promised, from the first event to a rollback, on real parts."""
     deployment.start_both()
 
-    found, version, novelty = answer(deployment, MAKE[stream]("power", 1_000))
+    found, _, novelty = answer(deployment, MAKE[stream]("power", 1_000))
     assert (found, novelty) == (None, 1.0)
     unheard = iter(range(1_001, 2_000))
     until(lambda: answer(deployment, MAKE[stream]("power", next(unheard)))[1].startswith("v1."))
