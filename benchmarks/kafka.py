@@ -73,9 +73,7 @@ def running_kafka(bootstrap: str | None) -> Iterator[Kafka]:
         return
     with tempfile.TemporaryDirectory(prefix="trimtab-benchmark-") as directory:
         # Topics are deleted after each run; their files must not wait a minute on the disk.
-        broker = KafkaBroker(
-            Path(directory), java_options=FULL_SPEED, settings={"log.segment.delete.delay.ms": "1000"}
-        )
+        broker = KafkaBroker(Path(directory), java_options=FULL_SPEED, settings={"log.segment.delete.delay.ms": "1000"})
         try:
             broker.start()
         except (KafkaUnavailable, KafkaFailed) as error:

@@ -167,9 +167,15 @@ def python_with_quix(console: Console) -> str:
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options(__doc__ or "")
     parser.prog = "python -m benchmarks.transport"
-    parser.add_argument("--events", type=int, metavar="N", help=f"events a run (default {EVENTS:,}, quick {QUICK_EVENTS:,})")
     parser.add_argument(
-        "--batch", type=int, default=BATCH_EVENTS, metavar="N", help=f"events a commit, for all (default {BATCH_EVENTS:,})"
+        "--events", type=int, metavar="N", help=f"events a run (default {EVENTS:,}, quick {QUICK_EVENTS:,})"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=BATCH_EVENTS,
+        metavar="N",
+        help=f"events a commit, for all (default {BATCH_EVENTS:,})",
     )
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))

@@ -36,7 +36,7 @@ from deploy.broker import EmbeddedBroker
 from deploy.demo_data import DemoStream, intents, interleave, rotation, storm
 from stream.batches import TopicTail
 from stream.errors import Misconfigured, RetryLater
-from stream.events import Event, Label, Prediction, Telemetry, encode
+from stream.events import Event, Label, Prediction, Record, Telemetry, encode, utc_now
 from stream.kafka import KafkaSettings, TopicKind, Topics, create_topics
 from stream.service import free_port
 
@@ -306,34 +306,46 @@ class Demo:
         producer = Producer({"bootstrap.servers": bootstrap, "partitioner": "murmur2_random", "linger.ms": 5})
         messages = list(interleave(self.streams))
         pause = PUBLISH_SECONDS / len(messages)
-        started, frozen = time.monotonic(), False
-        paused = 0.0
-        for number, message in enumerate(messages):
-            if self._ending.is_set():
-                return
-            waiting = time.monotonic()
-            # A label comes after its event's answer, as it would in life.
-            while self._must_wait(message) and not self._ending.is_set():
-                threading.Event().wait(0.02)
-            paused += time.monotonic() - waiting
-            ahead = started + paused + number * pause - time.monotonic()
-            if ahead > 0.005:
-                threading.Event().wait(ahead)
+        due, frozen = time.monotonic(), False
+        held: deque[Label] = deque()
+        for message in messages:
+            due += pause
+            while not self._ending.is_set():
+                self._release(held, producer)
+                now = time.monotonic()
+                if now >= due and self._unanswered() <= MOST_UNANSWERED:
+                    break
+                threading.Event().wait(min(0.02, max(0.001, due - now)))
+            due = max(due, time.monotonic() - 1.0)  # a stop is not made up for by a rush
             if not frozen and self._first_wave_over():
                 frozen = True
                 self._freeze()
-            topic: TopicKind = "telemetry" if isinstance(message, Telemetry) else "reports"
             if isinstance(message, Label):
-                topic = "labels"
-            producer.produce(self.topics.name(topic), value=encode(message), key=message.event_id.encode())
-            producer.poll(0)
-            self.published.append(message)
-            self.boards[message.stream].published(message)
+                held.append(message)
+            else:
+                self._send(producer, message)
+        while held and not self._ending.is_set():
+            self._release(held, producer)
+            threading.Event().wait(0.02)
         producer.flush(30)
 
-    def _must_wait(self, message: Event | Label) -> bool:
-        early = isinstance(message, Label) and message.event_id not in self.boards[message.stream].answers
-        return early or self._unanswered() > MOST_UNANSWERED
+    def _release(self, held: deque[Label], producer: Producer) -> None:
+        """Send the labels whose events have been answered: a label comes after its answer, as it would in life."""
+        for _ in range(len(held)):
+            label = held.popleft()
+            if label.event_id in self.boards[label.stream].answers:
+                self._send(producer, label)
+            else:
+                held.append(label)
+
+    def _send(self, producer: Producer, message: Event | Label) -> None:
+        topic: TopicKind = "telemetry" if isinstance(message, Telemetry) else "reports"
+        if isinstance(message, Label):
+            topic = "labels"
+        producer.produce(self.topics.name(topic), value=encode(message), key=message.event_id.encode())
+        producer.poll(0)
+        self.published.append(message)
+        self.boards[message.stream].published(message)
 
     def _unanswered(self) -> int:
         return sum(board.events - len(board.answers) for board in self.boards.values())

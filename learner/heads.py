@@ -32,7 +32,10 @@ Prior = Literal["uniform", "sqrt", "empirical"]
 LEVELS = 32767
 EXACT = 2.0**53
 DEFAULT_SHRINKAGE = 1.0
+"""Flat from 0.1 to 4: CLINC150 loses 0.1 points with 100 examples a class and gains 1.8 with 5, 0.1 to 1."""
 DEFAULT_PRIOR: Prior = "sqrt"
+"""On geomagnetic levels the only one that beats no-change in accuracy and in macro-F1 at every threshold tried."""
+_ENOUGH_TO_LEAVE_ONE_OUT = 5
 
 
 def quantise(embedding: npt.ArrayLike, bound: float) -> Quantised:
@@ -425,8 +428,8 @@ def fit_temperature(
     if not labels:
         return expected
     scores, own = _leave_one_out_scores(sums, q, labels, prior, shrinkage, 1.0)
-    # A class that the example alone makes up cannot be right, whatever the temperature.
-    usable = np.isfinite(scores[np.arange(len(own)), own]) & (np.isfinite(scores).sum(axis=1) > 1)
+    # Leaving one of two examples out shows a head that is much worse than the one in use.
+    usable = (moments.counts[own] >= _ENOUGH_TO_LEAVE_ONE_OUT) & (np.isfinite(scores).sum(axis=1) > 1)
     if not usable.any():
         return expected
     scores, own = scores[usable], own[usable]
@@ -527,9 +530,10 @@ def _closed_temperature(separation: Doubles, counts: Doubles) -> float:
     Were every class normal, the best class's lead over the background would have mean m and variance
     2m, with m the class's separation. Examples are also more and less typical of their class: where
     each stands at a share of the way from the background that varies with variance v, the variance
-    becomes 2m + v (2m)^2, and scores are that much, 1 + 2vm, too large. On CLINC150 with 1 to 100
-    examples a class and on geomagnetic levels v = 1/18 comes near the temperature that
-    `fit_temperature` measures (separations of 0.3 to 190).
+    becomes 2m + v (2m)^2, and scores are that much, 1 + 2vm, too large. v = 1/18 was chosen on CLINC150,
+    where the expected calibration error is then 0.01 to 0.02 from 2 to 100 examples a class (0.05 with
+    1, and 0.07 to 0.33 at temperature 1). Where classes hardly separate it says 1.0 and
+    `fit_temperature`, which sees examples, up to 1.8.
     """
     return 1.0 + float(separation @ counts / counts.sum()) / 9.0
 

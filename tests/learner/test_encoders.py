@@ -211,9 +211,9 @@ def test_the_same_seed_gives_the_same_encoder_and_another_one_another() -> None:
     assert build_telemetry_encoder(CHANNELS, 2, window=32, dimension=64, learned=8).spec.files != first.spec.files
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 25])
-@pytest.mark.parametrize("window", [1, 2, 27, 216])
-@pytest.mark.parametrize("dimension", [64, 255, 256])
+@pytest.mark.parametrize("channels", [1, 3, 25])
+@pytest.mark.parametrize("window", [1, 27, 216])
+@pytest.mark.parametrize("dimension", [64, 255])
 def test_the_dimension_is_the_one_that_was_asked_for(channels: int, window: int, dimension: int) -> None:
     """The head's memory and the ledger's rows are planned by it, for any number of channels."""
     encoder = build_telemetry_encoder(
