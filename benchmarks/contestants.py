@@ -62,7 +62,7 @@ def run_worker(config: Mapping[str, Any], model: Callable[[], Model] = NullModel
         model: makes the model, in the thread that connects.
     """
     from monitoring.metrics import Metrics
-    from stream.batches import BatchSettings, KafkaReader, KafkaWriter, TopicTail
+    from stream.batches import BatchSettings, Guarantee, KafkaReader, KafkaWriter, TopicTail
     from stream.kafka import KafkaSettings
     from stream.service import Health, HttpSettings, Shell
     from stream.worker import Classifier, Parts, Worker
@@ -76,7 +76,7 @@ def run_worker(config: Mapping[str, Any], model: Callable[[], Model] = NullModel
         made = model()
         settings = BatchSettings(batch_events=config["batch"])
         reader = KafkaReader(connection, group, [config["source"]], settings)
-        guarantee = "exactly_once" if config["exactly_once"] else "at_least_once"
+        guarantee: Guarantee = "exactly_once" if config["exactly_once"] else "at_least_once"
         writer = KafkaWriter(connection, reader, guarantee, f"{group}-0", metrics)
         classifier = Classifier(made, Decoder(rules), config["predictions"], config["dead_letters"], metrics)
         return Parts(reader, writer, classifier, made, TopicTail(connection, config["versions"]))

@@ -30,6 +30,8 @@ from tests.kafka import FULL_SPEED, KafkaBroker, KafkaFailed, KafkaUnavailable
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOOK_SECONDS = 0.01
 PARTITIONS = 4
+QUIET = {"log_level": 0}
+"""What a client says of a broker that is away comes back from its calls as well."""
 
 
 class BenchmarkFailed(Exception):
@@ -89,16 +91,18 @@ class Kafka:
 
     def __init__(self, bootstrap: str) -> None:
         self.bootstrap = bootstrap
-        self._admin = AdminClient({"bootstrap.servers": bootstrap})
+        self._admin = AdminClient({"bootstrap.servers": bootstrap, **QUIET})
 
     @contextlib.contextmanager
     def topic(self, purpose: str, partitions: int = PARTITIONS) -> Iterator[str]:
         """A new topic that is deleted at the end."""
         name = f"benchmark-{uuid.uuid4().hex[:8]}-{purpose}"
         try:
-            self._admin.create_topics([NewTopic(name, partitions, 1)])[name].result(30)
+            self._admin.create_topics([NewTopic(name, partitions, 1)], request_timeout=10)[name].result(30)
         except KafkaException as error:
-            raise BenchmarkFailed(f"Kafka at {self.bootstrap}: {error.args[0].str()}") from error
+            raise BenchmarkFailed(
+                f"Kafka at {self.bootstrap} does not answer as it should: {error.args[0].str()}"
+            ) from error
         try:
             yield name
         finally:
@@ -109,6 +113,7 @@ class Kafka:
         producer = Producer(
             {
                 "bootstrap.servers": self.bootstrap,
+                **QUIET,
                 "partitioner": "murmur2_random",
                 "linger.ms": 20,
                 "queue.buffering.max.messages": 200_000,
@@ -132,6 +137,7 @@ class Kafka:
         consumer = Consumer(
             {
                 "bootstrap.servers": self.bootstrap,
+                **QUIET,
                 "group.id": "benchmark-count",
                 "enable.auto.commit": False,
                 "isolation.level": "read_committed",
@@ -159,7 +165,9 @@ class Kafka:
         """
         pause = threading.Event()
         # A consumer that never joins the group, only asks for its commits.
-        asking = Consumer({"bootstrap.servers": self.bootstrap, "group.id": group, "enable.auto.commit": False})
+        asking = Consumer(
+            {"bootstrap.servers": self.bootstrap, **QUIET, "group.id": group, "enable.auto.commit": False}
+        )
         places = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
         begun = contestant.cpu_seconds()
         before = time.perf_counter()
@@ -211,7 +219,7 @@ class Contestant:
     _log: Any = field(default=None, repr=False)
 
     def __enter__(self) -> Contestant:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+        self._log = tempfile.TemporaryFile()
         self._process = psutil.Popen(
             [self.python, "-m", self.module, self.name, json.dumps(self.config)],
             cwd=REPOSITORY,

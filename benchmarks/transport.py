@@ -94,9 +94,10 @@ def run(kafka: Kafka, python: str, name: str, mode: str, source: str, total: int
     """
     with ExitStack() as topics:
         predictions = topics.enter_context(kafka.topic("predictions"))
+        group = f"benchmark-{uuid.uuid4().hex[:8]}"
         config = {
             "bootstrap": kafka.bootstrap,
-            "group": f"benchmark-{uuid.uuid4().hex[:8]}",
+            "group": group,
             "source": source,
             "predictions": predictions,
             "dead_letters": topics.enter_context(kafka.topic("dead-letters", 1)),
@@ -105,7 +106,7 @@ def run(kafka: Kafka, python: str, name: str, mode: str, source: str, total: int
             "batch": batch,
         }
         with Contestant(name, "benchmarks.contestants", config, python) as contestant:
-            passage = kafka.watch(config["group"], source, total, contestant)
+            passage = kafka.watch(group, source, total, contestant)
         count = kafka.count(predictions, total)
         if count != total:
             raise BenchmarkFailed(f"{name} wrote {count} predictions for {total} events ({mode})")

@@ -28,7 +28,7 @@ from stream.batches import BatchSettings
 from stream.errors import TrimtabError
 from stream.events import Report, encode, utc_now
 
-EVENTS, QUICK_EVENTS = 6_144, 1_536
+EVENTS, QUICK_EVENTS = 6_144, 1_024
 TAUGHT = 600
 """Questions that the head is solved from; its cost does not depend on them."""
 BATCHES = (16, 32, 64, 128, 256)
@@ -41,12 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out, err = Console(), Console(stderr=True)
     before = machine()
     rates: dict[str, list[float]] = {"worker": [], "bare": []}
-    cpu: dict[str, list[float]] = {"worker": []}
+    cpu: dict[str, list[float]] = {"worker": [], "bare": []}
     try:
-        with (
-            tempfile.TemporaryDirectory(prefix="trimtab-registry-") as registry,
-            running_kafka(chosen.bootstrap) as kafka,
-        ):
+        with ExitStack() as stack:
+            registry = stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-registry-"))
+            kafka = stack.enter_context(running_kafka(chosen.bootstrap))
             reports, labels = questions(max(chosen.events, TAUGHT))
             pointer = teach(registry, reports[:TAUGHT], labels[:TAUGHT], chosen.device)
             events = [(report.event_id.encode(), encode(report)) for report in reports[: chosen.events]]
@@ -57,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for round_ in range(chosen.runs):
                     for name in ("worker", "bare") if round_ % 2 == 0 else ("bare", "worker"):
                         if name == "bare":
-                            rates[name].append(bare(chosen, chosen.events, [best])[0]["rate"])
+                            once = bare(chosen, chosen.events, [best])[0]
+                            rates[name].append(once["rate"])
+                            cpu[name].append(once["cpu"])
                         else:
                             passage = work(kafka, source, announced, registry, chosen)
                             rates[name].append(passage.rate)
@@ -99,8 +100,10 @@ def teach(url: str, reports: Sequence[Report], labels: Sequence[str], device: st
 
 def best_setting(chosen: argparse.Namespace, console: Console) -> tuple[int, bool]:
     """The batch size, in order of arrival or of length, at which the bare pass is fastest."""
-    settings = [(batch, by_length) for batch in BATCHES for by_length in (False, True)]
-    found = max(bare(chosen, min(chosen.events, 1_024), settings), key=lambda one: float(one["rate"]))
+    settings = [(batch, by_length) for batch in BATCHES for by_length in (True, False)]
+    if chosen.quick:
+        settings = [(batch, True) for batch in BATCHES[1:-1]]
+    found = max(bare(chosen, min(chosen.events, chosen.batch), settings), key=lambda one: float(one["rate"]))
     order = "by length" if found["by_length"] else "as they come"
     console.print(f"bare is fastest with {found['batch']} texts at a time, {order}", highlight=False, soft_wrap=True)
     return int(found["batch"]), bool(found["by_length"])
@@ -130,9 +133,10 @@ def work(kafka: Kafka, source: str, announced: str, registry: str, chosen: argpa
     """The worker once through the events."""
     with ExitStack() as topics:
         predictions = topics.enter_context(kafka.topic("predictions"))
+        group = f"benchmark-{uuid.uuid4().hex[:8]}"
         config = {
             "bootstrap": kafka.bootstrap,
-            "group": f"benchmark-{uuid.uuid4().hex[:8]}",
+            "group": group,
             "source": source,
             "predictions": predictions,
             "dead_letters": topics.enter_context(kafka.topic("dead-letters", 1)),
@@ -144,7 +148,7 @@ def work(kafka: Kafka, source: str, announced: str, registry: str, chosen: argpa
             "threads": chosen.threads,
         }
         with Contestant("worker", "benchmarks.forward", config) as contestant:
-            passage = kafka.watch(config["group"], source, chosen.events, contestant)
+            passage = kafka.watch(group, source, chosen.events, contestant)
         count = kafka.count(predictions, chosen.events)
         if count != chosen.events:
             raise BenchmarkFailed(f"the worker wrote {count} predictions for {chosen.events} events")

@@ -54,9 +54,9 @@ def demo_streams(seed: int) -> list[DemoStream]:
     """The streams, as much of each as two cores answer twice in the time there is."""
     start = datetime(2024, 1, 1, tzinfo=UTC)
     return [
-        intents(seed=seed, start=start, classes_per_wave=(15, 10, 10), events_per_wave=650),
-        storm(seed=seed, events=3_000),
-        rotation(seed=seed, events=3_000),
+        intents(seed=seed, start=start, classes_per_wave=(15, 10, 10), events_per_wave=420),
+        storm(seed=seed, events=2_400),
+        rotation(seed=seed, events=2_400),
     ]
 
 
@@ -69,8 +69,8 @@ def settings_of(
         if stream.kind == "text":
             blocks[stream.name] = {
                 "kind": "text",
-                "triggers": {"every_labels": 750},
-                "finetune": {"strategy": "ewc_replay", "epochs": 3, "max_seconds": 45, "threads": 1},
+                "triggers": {"every_labels": 450},
+                "finetune": {"strategy": "ewc_replay", "frozen_layers": 4, "epochs": 2, "max_seconds": 40},
                 "encoder": {"max_tokens": 64},
             }
         else:

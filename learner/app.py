@@ -43,7 +43,7 @@ from stream.service import Shell
 logger = logging.getLogger(__name__)
 
 ANNOUNCE_SECONDS = 0.5
-WATCH_SECONDS = 2.0
+WATCH_SECONDS = 5.0
 PURGE_SECONDS = 3600.0
 RECALL_WINDOW = 2_000
 RECALL_MINIMUM = 10

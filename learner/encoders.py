@@ -77,7 +77,7 @@ class TelemetryConfig(BaseModel):
     Args:
         channels: names of the C channels, in the order of a window's rows.
         window: the usual number of time steps; other lengths are taken too.
-        dimension: d, the length of an embedding.
+        statistics: components for levels and trends; where there are more of them, a random projection.
         kernels: number of fixed random convolution kernels, each giving two components.
         learned: components of the small trainable network.
         seed: of the random kernels and the initial weights.

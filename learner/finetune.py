@@ -80,13 +80,13 @@ class FineTuneSettings(BaseModel):
 
     strategy: Strategy = "replay"
     training: Training = "frozen_layers"
-    frozen_layers: int = Field(default=4, ge=0, description="lower layers, with the embeddings, that stay as they are")
+    frozen_layers: int = Field(default=2, ge=0, description="lower layers, with the embeddings, that stay as they are")
     lora_rank: int = Field(default=8, ge=1, le=256)
     learning_rate: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="peak rate of the encoder's weights; unset: 5e-5 for text, 1e-3 for telemetry",
+        description="peak rate of the encoder's weights; unset: 5e-5 for text, 1e-3 for telemetry, 5e-4 for lora",
     )
     head_learning_rate: float = Field(default=1e-3, gt=0, le=1, description="peak rate of the training head")
     weight_decay: float = Field(default=0.01, ge=0, le=1)

@@ -32,9 +32,10 @@ Prior = Literal["uniform", "sqrt", "empirical"]
 LEVELS = 32767
 EXACT = 2.0**53
 DEFAULT_SHRINKAGE = 1.0
-"""Flat from 0.1 to 4: CLINC150 loses 0.1 points with 100 examples a class and gains 1.8 with 5, 0.1 to 1."""
+"""Against 0.1, CLINC150 loses 0.1 points of accuracy with 100 examples a class and gains 1.8 with 5."""
 DEFAULT_PRIOR: Prior = "sqrt"
-"""On geomagnetic levels the only one that beats no-change in accuracy and in macro-F1 at every threshold tried."""
+"""On 24,738 days of geomagnetic levels, 1 to 3 points of accuracy above uniform, macro-F1 no more than half a
+point below; empirical gains 0.6 to 1.6 more, but at one of four thresholds its macro-F1 is below no-change."""
 _ENOUGH_TO_LEAVE_ONE_OUT = 5
 
 

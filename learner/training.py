@@ -64,7 +64,7 @@ MIN_HELD_OUT = 20
 HEAD_SHARPNESS = 10.0
 MAX_GRADIENT_NORM = 1.0
 EMBED_ROWS = 256
-LEARNING_RATES = {"text": 5e-5, "telemetry": 1e-3}
+LEARNING_RATES = {"text": 5e-5, "telemetry": 1e-3, "lora": 5e-4}
 
 Named = dict[str, Tensor]
 Report = Callable[[Progress], None]
@@ -462,7 +462,8 @@ def train(
     if consolidation is not None:
         plugins.append(consolidation)
 
-    learning_rate = settings.learning_rate or LEARNING_RATES[encoder.spec.kind]
+    kind = "lora" if settings.training == "lora" else encoder.spec.kind
+    learning_rate = settings.learning_rate or LEARNING_RATES[kind]
     optimizer = _optimizer(net, settings, learning_rate)
     strategy = FineTuning(
         model=net,

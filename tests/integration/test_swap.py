@@ -51,9 +51,13 @@ def announced(deployment: Deployment) -> list[str]:
 
 
 def serving(port: int) -> str:
-    """The revision that a worker says it answers with."""
-    (name,) = Scrape(port).by("trimtab_revision_info", "version", stream="probe")
-    return name
+    """The revision that a worker says it answers with; nothing before the first one came."""
+    return "".join(Scrape(port).by("trimtab_revision_info", "version", stream="probe"))
+
+
+def followed(deployment: Deployment, workers: Workers) -> bool:
+    """Whether every worker serves what was announced last."""
+    return announced(deployment)[-1:] * len(workers) == [serving(port) for port in workers]
 
 
 def teach(deployment: Deployment, first: int, count: int) -> None:
@@ -67,11 +71,11 @@ def teach(deployment: Deployment, first: int, count: int) -> None:
 
 def test_three_workers_all_follow_every_announcement(deployment: Deployment, workers: Workers) -> None:
     """A consumer group would give each announcement to one of them, and two thirds of the answers would be old."""
-    until(lambda: all(serving(port) == announced(deployment)[-1] for port in workers))
+    until(lambda: followed(deployment, workers))
     before = len(announced(deployment))
     swaps = {port: Scrape(port).total("trimtab_swaps_total", stream="probe") for port in workers}
     teach(deployment, 0, 6)
-    until(lambda: all(serving(port) == announced(deployment)[-1] for port in workers))
+    until(lambda: followed(deployment, workers))
     made = len(announced(deployment)) - before
     assert made >= 6
     for port, count in swaps.items():
@@ -110,7 +114,7 @@ def test_a_worker_that_comes_back_serves_the_current_revision_with_nothing_newly
     deployment: Deployment, workers: Workers
 ) -> None:
     """Waiting for the next announcement, it would answer with nothing, perhaps for days."""
-    until(lambda: all(serving(port) == announced(deployment)[-1] for port in workers))
+    until(lambda: followed(deployment, workers))
     current = announced(deployment)[-1]
     port = next(iter(workers))
     assert end(workers[port]) == 0
@@ -161,5 +165,5 @@ def test_a_corrupted_encoder_is_refused_by_name_and_the_old_version_stays(
 
     # What is learned next is served as if nothing had been.
     teach(deployment, 200, 2)
-    until(lambda: all(serving(port) == announced(deployment)[-1] for port in workers))
+    until(lambda: followed(deployment, workers))
     assert announced(deployment)[-1].startswith("v1.")
