@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,41 +163,47 @@ class Kafka:
         Raises:
             BenchmarkFailed: it ended, or committed nothing more for `patience` seconds.
         """
-        pause = threading.Event()
+        places = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
         # A consumer that never joins the group, only asks for its commits.
         asking = Consumer(
             {"bootstrap.servers": self.bootstrap, **QUIET, "group.id": group, "enable.auto.commit": False}
         )
-        places = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
-        begun = contestant.cpu_seconds()
-        before = time.perf_counter()
-        first: tuple[float, int, float] | None = None
-        last, moved = 0, time.perf_counter()
-        while last < total:
-            contestant.check()
-            looked = time.perf_counter()
+
+        def committed() -> int:
             try:
-                done = sum(max(0, place.offset) for place in asking.committed(places, timeout=30))
-            except KafkaException as error:
+                return sum(max(0, place.offset) for place in asking.committed(places, timeout=30))
+            except KafkaException:
                 # A group's coordinator takes a moment to be found on a broker that has just started.
-                if not error.args[0].retriable():
-                    raise BenchmarkFailed(f"the commits of {contestant.name} cannot be seen: {error}") from error
-                done = last
-            now = time.perf_counter()
-            if done > last:
-                last, moved = done, now
-                if first is None:
-                    # All at once: the time since the last look, when nothing was there, is all that is known.
-                    first = (now, done, contestant.cpu_seconds()) if done < total else (before, 0, begun)
-            elif now - moved > patience:
-                raise BenchmarkFailed(f"{contestant.name} committed nothing for {patience:.0f} s:\n{contestant.log()}")
-            else:
-                before, begun = looked, contestant.cpu_seconds() if first is None else begun
-            if last < total:
-                pause.wait(LOOK_SECONDS)
-        asking.close()
-        assert first is not None
-        return Passage(total - first[1], moved - first[0], contestant.cpu_seconds() - first[2])
+                return 0
+
+        with contextlib.closing(asking):
+            return _passage(committed, total, contestant, patience)
+
+
+def _passage(committed: Callable[[], int], total: int, contestant: Contestant, patience: float) -> Passage:
+    """What `Kafka.watch` gives, from a look at what is committed."""
+    pause = threading.Event()
+    before, used = time.perf_counter(), contestant.cpu_seconds()
+    first: tuple[float, int, float] | None = None
+    last, moved = 0, before
+    while last < total:
+        contestant.check()
+        looked = time.perf_counter()
+        done = committed()
+        now = time.perf_counter()
+        if done > last:
+            last, moved = done, now
+            if first is None:
+                # All at once: the time since the last look, when nothing was there, is all that is known.
+                first = (now, done, contestant.cpu_seconds()) if done < total else (before, 0, used)
+        elif now - moved > patience:
+            raise BenchmarkFailed(f"{contestant.name} committed nothing for {patience:.0f} s:\n{contestant.log()}")
+        elif first is None:
+            before, used = looked, contestant.cpu_seconds()
+        if last < total:
+            pause.wait(LOOK_SECONDS)
+    assert first is not None
+    return Passage(total - first[1], moved - first[0], contestant.cpu_seconds() - first[2])
 
 
 @dataclass

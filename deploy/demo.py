@@ -112,7 +112,7 @@ class Board:
     majority: dict[str, str | None] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     swaps: int = 0
-    last_swap: str = "none yet"
+    last_swap: str = "–"
     recent: deque[str] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def published(self, message: Event | Label) -> None:
@@ -178,8 +178,8 @@ class Demo:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
-            stack.callback(self._end)
             broker = stack.enter_context(EmbeddedBroker(log=self.directory / "broker.log"))
+            stack.callback(self._end)
             self._start(broker.bootstrap)
             with self._threads(broker.bootstrap), Live(console=self.console, refresh_per_second=4) as live:
                 publisher = threading.Thread(target=self._guarded, args=(self._publish, broker.bootstrap), daemon=True)
@@ -406,7 +406,7 @@ class Demo:
         if pointer["version"] == "v1":
             return
         board.swaps += 1
-        board.last_swap = f"{pointer['version']} at event {board.events}"
+        board.last_swap = f"{pointer['version']} @{board.events}"
 
     def _drained(self) -> bool:
         answered = all(len(board.answers) >= board.events for board in self.boards.values())
@@ -422,18 +422,17 @@ class Demo:
 
     def _view(self, began: float, state: str = "") -> Group:
         seconds = time.monotonic() - began
-        table = Table(title="trimtab: answering, learning, never stopping", title_justify="left", expand=True)
-        for column in ("stream", "events", "answered", "labels", "served", "frozen", "no change", "majority"):
+        table = Table(title="trimtab: answering, learning, never stopping", title_justify="left")
+        for column in ("stream", "events", "labels", "served", "frozen", "no change", "majority"):
             table.add_column(column, justify="left" if column == "stream" else "right", no_wrap=True)
         table.add_column("version", no_wrap=True)
-        table.add_column("last swap", no_wrap=True)
+        table.add_column("swapped", no_wrap=True)
         for name, board in self.boards.items():
             served, frozen, no_change, majority = board.shares()
             version = self.boards[name].answers[board.recent[-1]].model_version if board.recent else "–"
             table.add_row(
                 name,
                 f"{board.events}/{board.stream.events}",
-                str(len(board.answers)),
                 str(board.labels),
                 f"[bold]{served}[/bold]",
                 frozen,
@@ -480,7 +479,7 @@ class Demo:
         return 0 if promoted and not made.lost else 1
 
     def _summary(self, made: reporting.DemoReport) -> Group:
-        table = Table(title="What learning bought: share right over the whole run", title_justify="left", expand=True)
+        table = Table(title="What learning bought: share right over the whole run", title_justify="left")
         for column in ("stream", "scored", "served", "frozen", "no change", "majority", "forgetting", "versions"):
             table.add_column(column, justify="left" if column == "stream" else "right", no_wrap=True)
 

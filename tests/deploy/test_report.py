@@ -247,7 +247,9 @@ def test_a_rival_that_wins_is_named() -> None:
     stream = report.streams["s"]
     assert stream.accuracy_no_change == pytest.approx(398 / 400)
     assert stream.words[0].startswith("No change beats the served model, which has 50.0 %")
-    assert report.words == ["On s, no change was right more often than the served model."]
+    assert report.words == [
+        "On s, no change and no change that is told each label at once were right more often than the served model."
+    ]
     assert "No change beats the served model" in render(report)
 
 

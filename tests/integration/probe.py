@@ -34,8 +34,8 @@ FREQUENCIES = {"slow": 1.0, "middle": 3.0, "fast": 6.0}
 def window(stream: str, name: str, number: int) -> Telemetry:
     """An event of a class that can be told by its frequency; its id is `name-number`."""
     phase, frequency = 0.37 * number, FREQUENCIES[name]
-    wave = [math.sin(phase + frequency * t / 3) for t in range(32)]
-    other = [math.cos(phase * 2 + t / 5) + 0.01 * number for t in range(32)]
+    wave: list[float | None] = [math.sin(phase + frequency * t / 3) for t in range(32)]
+    other: list[float | None] = [math.cos(phase * 2 + t / 5) + 0.01 * number for t in range(32)]
     return Telemetry(
         event_id=f"{name}-{number}", stream=stream, observed_at=utc_now(), channels=["x", "y"], values=[wave, other]
     )
