@@ -45,6 +45,10 @@ TWIN = "frozen"
 PUBLISH_SECONDS = 105.0
 """How long the publishing is spread over; start-up, the twin's catching up and the report come on top."""
 MOST_UNANSWERED = 200
+LAST_PART, SLOWER = 0.75, 5.0
+"""From this part on, publishing is slower by so much while a fine-tune runs, so that its version is seen at work."""
+SLOW_SECONDS = 155.0
+"""No fine-tune is waited for after this long, for the demo's own time is bounded."""
 START_SECONDS = 120
 DRAIN_SECONDS = 60
 RECENT = 300
@@ -69,8 +73,8 @@ def settings_of(
         if stream.kind == "text":
             blocks[stream.name] = {
                 "kind": "text",
-                "triggers": {"every_labels": 450},
-                "finetune": {"strategy": "ewc_replay", "frozen_layers": 4, "epochs": 2, "max_seconds": 40},
+                "triggers": {"every_labels": 300},
+                "finetune": {"strategy": "ewc_replay", "frozen_layers": 4, "epochs": 2, "max_seconds": 40, "nice": 2},
                 "encoder": {"max_tokens": 64},
             }
         else:
@@ -79,6 +83,7 @@ def settings_of(
                 "encoder": {"channels": list(stream.channels), "window": stream.steps, "dimension": 192},
                 "labels": list(stream.levels),
                 "closed": True,
+                "prior": "empirical",
                 "triggers": {},
             }
     return {
@@ -170,6 +175,8 @@ class Demo:
         self.labels: list[reporting.Arrived] = []
         self.dead_letters = 0
         self._ending = threading.Event()
+        self._lock = threading.Lock()
+        self._tuning = False
         self._failures: list[BaseException] = []
 
     def run(self, keep: bool) -> int:
@@ -188,7 +195,9 @@ class Demo:
                 while publisher.is_alive() and time.monotonic() < deadline and not self._failures:
                     live.update(self._view(began))
                     self._check_processes()
-                    publisher.join(0.25)
+                    slow = time.monotonic() - began > SLOW_SECONDS
+                    self._tuning = not slow and any(self._status(n)["fine_tune"]["running"] for n in self.boards)
+                    publisher.join(0.5)
                 drained = time.monotonic() + DRAIN_SECONDS
                 while not self._drained() and time.monotonic() < drained and not self._failures:
                     live.update(self._view(began, "waiting for the last answers"))
@@ -241,18 +250,18 @@ class Demo:
         raise RetryLater(f"the {name} was not ready within {START_SECONDS} s; see {self.directory / name}.log")
 
     def _check_processes(self) -> None:
-        for name, process in self.processes.items():
+        for name, process in list(self.processes.items()):
             if process.poll() is not None:
                 tail = (self.directory / f"{name}.log").read_text(errors="replace")[-1500:]
                 raise Misconfigured(f"the {name} ended with code {process.returncode}; its last words:\n{tail}")
 
     def _end(self) -> None:
         self._ending.set()
-        for process in self.processes.values():
+        for process in list(self.processes.values()):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 10
-        for process in self.processes.values():
+        for process in list(self.processes.values()):
             try:
                 process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
@@ -309,7 +318,7 @@ class Demo:
         due, frozen = time.monotonic(), False
         held: deque[Label] = deque()
         for message in messages:
-            due += pause
+            due += pause * (SLOWER if self._tuning and len(self.published) > LAST_PART * len(messages) else 1)
             while not self._ending.is_set():
                 self._release(held, producer)
                 now = time.monotonic()
@@ -344,8 +353,9 @@ class Demo:
             topic = "labels"
         producer.produce(self.topics.name(topic), value=encode(message), key=message.event_id.encode())
         producer.poll(0)
-        self.published.append(message)
-        self.boards[message.stream].published(message)
+        with self._lock:
+            self.published.append(message)
+            self.boards[message.stream].published(message)
 
     def _unanswered(self) -> int:
         return sum(board.events - len(board.answers) for board in self.boards.values())
@@ -381,6 +391,10 @@ class Demo:
             tail.close()
 
     def _take(self, kind: str, record: Record) -> None:
+        with self._lock:
+            self._note(kind, record)
+
+    def _note(self, kind: str, record: Record) -> None:
         value = record.value or b""
         if kind == "dead_letters":
             self.dead_letters += 1
@@ -421,6 +435,10 @@ class Demo:
             return found
 
     def _view(self, began: float, state: str = "") -> Group:
+        with self._lock:
+            return self._drawn(began, state)
+
+    def _drawn(self, began: float, state: str) -> Group:
         seconds = time.monotonic() - began
         table = Table(title="trimtab: answering, learning, never stopping", title_justify="left")
         for column in ("stream", "events", "labels", "served", "frozen", "no change", "majority"):

@@ -135,7 +135,7 @@ def _learner_port(found: object) -> object:
 
 
 class LearnerSettings(_Block):
-    """The process that has all the state there is; a second one stands by."""
+    """The process that has all the state there is; a second one on the same store takes over and ends the first."""
 
     store: str = Field(
         default="sqlite:///trimtab-data/learner.db", min_length=1, description="the database, as an SQLAlchemy URL"
@@ -151,9 +151,6 @@ class LearnerSettings(_Block):
     )
     device: Device = Field(default="auto", description="where embeddings and fine-tunes compute")
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the embedding")
-    python: Path | None = Field(
-        default=None, description="the Python that runs a fine-tune; the learner's own if unset"
-    )
     jobs: Path = Field(default=Path("trimtab-data/jobs"), description="where fine-tunes work")
     http: Annotated[HttpSettings, BeforeValidator(_learner_port)] = HttpSettings(port=LEARNER_PORT)
 
@@ -422,8 +419,6 @@ def unreadable(settings: Settings) -> list[str]:
             ]
             if lacking:
                 problems.append(f"streams.{name}.encoder.model: {stream.encoder.model} has no {', '.join(lacking)}")
-    if settings.learner.python is not None and not settings.learner.python.is_file():
-        problems.append(f"learner.python: {settings.learner.python} is not there")
     return problems
 
 

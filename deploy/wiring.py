@@ -143,6 +143,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
         settings.topics.name("audit"),
         Gate(settings.control),
         utc_now,
+        settings.learner.revision_seconds,
     )
     return shell.run()
 
@@ -249,6 +250,7 @@ def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
         base=base,
         prior=stream.prior,
         guard=stream.guard,
+        labels=frozenset(stream.labels),
         max_classes=stream.new_classes.total,
         max_new_classes_a_day=stream.new_classes.per_day,
     )

@@ -42,7 +42,6 @@ from stream.service import Shell
 
 logger = logging.getLogger(__name__)
 
-ANNOUNCE_SECONDS = 0.5
 WATCH_SECONDS = 5.0
 PURGE_SECONDS = 3600.0
 RECALL_WINDOW = 2_000
@@ -142,6 +141,7 @@ class LearnerApp:
         audit: name of the audit topic.
         gate: decides which control messages are let through.
         clock: the time, in UTC.
+        revision_seconds: shortest time between two revisions of a stream.
     """
 
     def __init__(
@@ -152,7 +152,9 @@ class LearnerApp:
         audit: str,
         gate: Gate,
         clock: Callable[[], datetime],
+        revision_seconds: float = 0.5,
     ) -> None:
+        self._revision_seconds = revision_seconds
         self.shell, self._connect, self._audit, self._gate, self._clock = shell, connect, audit, gate, clock
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._learning = ThreadPoolExecutor(1, thread_name_prefix="learn")
@@ -257,7 +259,7 @@ class LearnerApp:
             self._joining_ended.set()
 
     async def _announce(self) -> None:
-        if time.monotonic() - self._announced_at < ANNOUNCE_SECONDS:
+        if time.monotonic() - self._announced_at < self._revision_seconds:
             return
         self._announced_at = time.monotonic()
         await asyncio.get_running_loop().run_in_executor(self._learning, self._announce_all)

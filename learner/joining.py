@@ -143,7 +143,7 @@ class Joiner:
                 continue
             stream = label.stream
             if stream not in known:
-                known[stream] = set(self._store.classes(stream))
+                known[stream] = set(self._store.classes(stream)) | self._learners[stream].plan.labels
                 made_today[stream] = self._store.classes_created_on(stream, now.date())
             if label.label not in known[stream]:
                 plan = self._learners[stream].plan

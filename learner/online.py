@@ -55,6 +55,7 @@ class StreamPlan:
         base: builds the encoder that the first version has; called once in the stream's life.
         prior: how a class's frequency counts in the head.
         guard: what a revision must not do.
+        labels: class names known from the start, which count towards no quota.
         max_classes: the most class names the stream may ever have.
         max_new_classes_a_day: the most class names that may be new on one day (UTC).
     """
@@ -65,6 +66,7 @@ class StreamPlan:
     base: Callable[[], Encoder]
     prior: Literal["uniform", "sqrt", "empirical"] = "sqrt"
     guard: GuardSettings = field(default_factory=GuardSettings)
+    labels: frozenset[str] = frozenset()
     max_classes: int = 1_000
     max_new_classes_a_day: int = 200
 
@@ -162,12 +164,24 @@ class OnlineLearner:
         self._load_sums()
         self.follow()
         pinned = json.loads(self._store.recall(f"pinned/{self.plan.name}") or "null")
-        if pinned:
-            self.paused = True
-            self.serve_revision(pinned, now, pause=False)
+        last = pinned or self._last_announced()
+        if last:
+            # First what was served before, under this learner's own epoch; what was learned since must pass the guard.
+            try:
+                self.serve_revision(last, now, pause=False)
+            except BrokenVersion as error:
+                logger.error("stream %s: %s cannot be served again: %s", self.plan.name, last, error)
+                self.announce(now, kind="champion", guard=False)
+            self.paused = bool(pinned)
         else:
-            self._changed = True
             self.announce(now, kind="champion", guard=False)
+        self._changed = True
+
+    def _last_announced(self) -> str | None:
+        """The revision of the champion that was announced last, under whatever learner."""
+        number = int(self.version.removeprefix("v"))
+        rows = self._store.revisions(self.plan.name, version=number, limit=1)
+        return f"{self.version}.{rows[0].revision}" if rows else None
 
     def _found(self, now: datetime) -> None:
         encoder = self.plan.base()

@@ -183,6 +183,7 @@ class Worker:
         self._working = ThreadPoolExecutor(1, thread_name_prefix="work")
         self._ending = threading.Event()
         self._caught_up = asyncio.Event()
+        self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._read_ended = asyncio.Event()
@@ -281,6 +282,7 @@ class Worker:
                 continue
             health.ready("source")
             if batch is not None:
+                self._in_flight += 1
                 self._idle.clear()
                 await self._channel.put(batch)
             for topic, lag in reader.lag().items():
@@ -299,7 +301,8 @@ class Worker:
             parts.reader.rewind()
             await asyncio.sleep(RETRY_SECONDS[0])
         finally:
-            if self._channel.empty():
+            self._in_flight -= 1
+            if self._in_flight == 0:
                 self._idle.set()
 
     def _answer_and_commit(self, batch: Batch) -> None:

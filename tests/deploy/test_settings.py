@@ -274,7 +274,7 @@ def test_what_this_machine_lacks_is_told(tmp_path: Path) -> None:
     text = f"""
 kafka: {{security_protocol: SSL, ca_file: {tmp_path}/no.pem}}
 control: {{secret_file: {tmp_path}/no.secret}}
-learner: {{http: {{token_file: {tmp_path}/no.token}}, python: {tmp_path}/python}}
+learner: {{http: {{token_file: {tmp_path}/no.token}}}}
 streams:
   a: {{kind: text, encoder: {{model: {tmp_path}}}}}
 """
@@ -284,7 +284,6 @@ streams:
         "learner.http.token_file",
         "control.secret_file",
         "streams.a.encoder.model:",
-        "learner.python:",
     ]
     assert unreadable(load_settings(write(tmp_path, SMALL), {})) == []
 
