@@ -98,7 +98,7 @@ class Contest:
     cpu: Mapping[str, Sequence[float]]
 
     def rows(self, against: Iterable[tuple[str, str]]) -> list[Row]:
-        """Medians and spread of every contestant, then the ratio of medians of each pair (one, other)."""
+        """Medians and spread of every contestant, then the ratios of medians of each pair (one, other)."""
         found: list[Row] = []
         middle = {name: statistics.median(values) for name, values in self.runs.items()}
         for name, values in self.runs.items():
@@ -111,6 +111,9 @@ class Contest:
         for one, other in against:
             if one in middle and other in middle:
                 found.append(self._row(one, f"ratio_to_{other}", middle[one] / middle[other], "ratio"))
+            if one in self.cpu and other in self.cpu:
+                ratio = statistics.median(self.cpu[one]) / statistics.median(self.cpu[other])
+                found.append(self._row(one, f"cpu_ratio_to_{other}", ratio, "ratio"))
         return found
 
     def _row(self, name: str, metric: str, value: float, unit: str) -> Row:

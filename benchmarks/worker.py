@@ -64,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                             rates[name].append(passage.rate)
                             cpu[name].append(passage.cpu_per_event)
                         err.print(
-                            f"run {round_ + 1} of {chosen.runs}: {name:<6} {rates[name][-1]:>7,.1f} events/s",
+                            f"run {round_ + 1} of {chosen.runs}: {name:<6} {rates[name][-1]:>7,.1f} events/s, "
+                            f"{cpu[name][-1]:,.0f} µs of processor time an event",
                             highlight=False,
                             soft_wrap=True,
                         )

@@ -350,11 +350,13 @@ class Trainer:
         embeddings = candidate.result.by_event()
         stacked = np.stack([embeddings[row.event_id] for row in exam])
         answers = candidate.head.predict(dequantise(stacked, candidate.result.encoder.bound).astype(np.float32))
+        # Classes that came since the snapshot are not the candidate's to know; its head learns them when it is promoted.
+        asked = {row.label for row in rows}
         return examine(
             labels,
             champion,
             list(answers),
-            champion_classes=serving.head.classes if serving.head else (),
+            champion_classes=sorted(asked & set(serving.head.classes)) if serving.head else (),
             candidate_classes=candidate.head.classes,
             settings=settings,
         )
