@@ -28,7 +28,6 @@ from confluent_kafka.admin import AdminClient, NewTopic
 from tests.kafka import FULL_SPEED, KafkaBroker, KafkaFailed, KafkaUnavailable
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-LOOK_SECONDS = 0.01
 PARTITIONS = 4
 QUIET = {"log_level": 0}
 """What a client says of a broker that is away comes back from its calls as well."""
@@ -157,8 +156,21 @@ class Kafka:
             consumer.close()
         return count
 
-    def watch(self, group: str, topic: str, total: int, contestant: Contestant, patience: float = 120) -> Passage:
+    def watch(
+        self,
+        group: str,
+        topic: str,
+        total: int,
+        contestant: Contestant,
+        *,
+        look: float = 0.01,
+        patience: float = 120,
+    ) -> Passage:
         """Time a contestant until it has committed `total` events.
+
+        Args:
+            look: seconds between two looks; often enough to see most commits, and no more, for it costs both cores.
+            patience: seconds.
 
         Raises:
             BenchmarkFailed: it ended, or committed nothing more for `patience` seconds.
@@ -177,10 +189,10 @@ class Kafka:
                 return 0
 
         with contextlib.closing(asking):
-            return _passage(committed, total, contestant, patience)
+            return _passage(committed, total, contestant, look, patience)
 
 
-def _passage(committed: Callable[[], int], total: int, contestant: Contestant, patience: float) -> Passage:
+def _passage(committed: Callable[[], int], total: int, contestant: Contestant, look: float, patience: float) -> Passage:
     """What `Kafka.watch` gives, from a look at what is committed."""
     pause = threading.Event()
     before, used = time.perf_counter(), contestant.cpu_seconds()
@@ -201,7 +213,7 @@ def _passage(committed: Callable[[], int], total: int, contestant: Contestant, p
         elif first is None:
             before, used = looked, contestant.cpu_seconds()
         if last < total:
-            pause.wait(LOOK_SECONDS)
+            pause.wait(look)
     assert first is not None
     return Passage(total - first[1], moved - first[0], contestant.cpu_seconds() - first[2])
 

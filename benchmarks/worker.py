@@ -149,7 +149,7 @@ def work(kafka: Kafka, source: str, announced: str, registry: str, chosen: argpa
             "threads": chosen.threads,
         }
         with Contestant("worker", "benchmarks.forward", config) as contestant:
-            passage = kafka.watch(group, source, chosen.events, contestant)
+            passage = kafka.watch(group, source, chosen.events, contestant, look=0.1)
         count = kafka.count(predictions, chosen.events)
         if count != chosen.events:
             raise BenchmarkFailed(f"the worker wrote {count} predictions for {chosen.events} events")

@@ -123,7 +123,7 @@ class Lineage(BaseModel):
 
     Args:
         snapshot: digest of the replay store's snapshot it was trained on, or None for a base version.
-        label_offsets: the next offset of each `topic:partition` of labels that was in it.
+        label_offsets: by `topic/partition` of predictions and labels, the next offset that was not in it.
         packages: version of each package that took part.
         settings: the settings of the fine-tune as they were.
     """
@@ -252,7 +252,7 @@ class Pointer(BaseModel):
       where a reader that saw every message did.
 
     What a reader cannot see: a trainer with an old epoch that writes after the new one may be all that
-    compaction keeps. Trainers therefore write through one transactional id, which fences the old one.
+    compaction keeps. A trainer therefore looks whether it still owns the store before it sends.
 
     The checksum finds accidents, not forgery: only trainers may have the right to write this topic.
 
@@ -261,7 +261,7 @@ class Pointer(BaseModel):
         encoder: digest of the encoder's spec.
         head: digest of the head's tensors, or None before the first label.
         epoch: the trainer's.
-        sequence: counts the stream's announcements; the learner keeps it in its database.
+        sequence: counts the stream's announcements under this epoch.
         checksum: sha256 of the rest; filled in where it is empty.
     """
 
