@@ -350,7 +350,7 @@ class Trainer:
         embeddings = candidate.result.by_event()
         stacked = np.stack([embeddings[row.event_id] for row in exam])
         answers = candidate.head.predict(dequantise(stacked, candidate.result.encoder.bound).astype(np.float32))
-        # Classes that came since the snapshot are not the candidate's to know; its head learns them when it is promoted.
+        # Classes that came since the snapshot are not the candidate's to know: its head learns them on promotion.
         asked = {row.label for row in rows}
         return examine(
             labels,
