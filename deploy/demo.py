@@ -84,7 +84,7 @@ def settings_of(
                 "labels": list(stream.levels),
                 "closed": True,
                 "prior": "empirical",
-                "triggers": {},
+                "triggers": {"every_labels": None},
             }
     return {
         "kafka": {"bootstrap_servers": bootstrap},

@@ -208,7 +208,7 @@ class NewClassSettings(_Block):
 class TriggerSettings(_Block):
     """What starts a fine-tune, apart from being asked for one. One that comes during a run is folded into the next."""
 
-    every_labels: int | None = Field(default=None, ge=1, description="after so many new labels")
+    every_labels: int | None = Field(default=1_000, ge=1, description="after so many new labels; null for never")
     every_seconds: float | None = Field(
         default=None, ge=1, allow_inf_nan=False, description="after so long, if anything new was learned"
     )

@@ -51,7 +51,7 @@ def report(name: str, number: int) -> Report:
 def window(name: str, number: int) -> Telemetry:
     phase, frequency = 0.37 * number, FREQUENCIES[name]
     wave = [math.sin(phase + frequency * t / 3) for t in range(32)]
-    other = [math.cos(phase * 2 + t / 5) + 0.01 * number for t in range(32)]
+    other = [math.cos(phase * 2 + t / 5) + 0.01 * (number % 40) for t in range(32)]
     return Telemetry(
         event_id=f"{name}-{number}", stream="probe", observed_at=utc_now(), channels=["x", "y"], values=[wave, other]
     )
