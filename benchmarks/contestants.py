@@ -1,7 +1,7 @@
 """The contestants of `benchmarks.transport`, one a process: ``python -m benchmarks.contestants NAME CONFIG_JSON``.
 
 All decode by `stream.events.Decoder`, answer with the same constant, encode the same full prediction with
-`stream.events.Prediction`, write with idempotence and the partitioner that trimtab writes with, wait at most
+`stream.events.encode_prediction`, write with idempotence and the partitioner that trimtab writes with, wait at most
 5 ms to fill a request, and commit after as many events. Nothing here imports torch: this module also runs in
 an environment that has no more than the contestants need.
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from benchmarks.report import versions
-from stream.events import Decoder, Event, Place, Prediction, Record, StreamRules
+from stream.events import Decoder, Event, Record, StreamRules, encode_prediction
 from stream.model import Answer, Model
 
 if TYPE_CHECKING:
@@ -170,19 +170,16 @@ def run_quix(config: Mapping[str, Any]) -> int:
 
 
 def encoded(event: Event, record: Record, answer: Answer, at: datetime) -> bytes:
-    """A full prediction as the worker writes it."""
-    prediction = Prediction.model_construct(
-        event_id=event.event_id,
-        stream=event.stream,
+    """A full prediction, as the worker writes it."""
+    return encode_prediction(
+        event,
+        record,
         label=answer.label,
-        probabilities=dict(answer.probabilities),
+        probabilities=answer.probabilities,
         novelty=answer.novelty,
         model_version=answer.model_version,
-        ref=Place.model_construct(topic=record.topic, partition=record.partition, offset=record.offset),
-        observed_at=event.observed_at,
         predicted_at=at,
     )
-    return prediction.model_dump_json().encode()
 
 
 def _producing(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -159,6 +159,9 @@ class KafkaReader:
             "heartbeat.interval.ms": int(settings.session_seconds * 1000 / 5),
             "max.poll.interval.ms": int(max(settings.max_pause_seconds, settings.session_seconds) * 1000),
             "fetch.wait.max.ms": 50,
+            # A reader that is ahead of the model pauses its fetching; the client's own pause of a second then starves a
+            # fast model on a log that it reads from behind.
+            "fetch.queue.backoff.ms": 10,
             "queued.min.messages": max(10_000, settings.batch_events * 4),
             "error_cb": _log_client_error,
             **({"group.instance.id": member_id} if member_id else {}),
@@ -311,6 +314,9 @@ class KafkaWriter:
                 "linger.ms": 5,
                 "queue.buffering.max.messages": 1_000_000,
                 "error_cb": _log_client_error,
+                # One call into Python for each message that failed, none for the many that did not.
+                "delivery.report.only.error": True,
+                "on_delivery": self._on_delivery,
                 **(
                     {"transactional.id": transactional_id, "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS}
                     if self._transactions
@@ -382,15 +388,15 @@ class KafkaWriter:
             logger.warning("the transaction could not be aborted; the broker will time it out: %s", error)
 
     def _produce(self, messages: Sequence[Outgoing]) -> None:
-        produce, failed = self._producer.produce, self._on_delivery
+        produce = self._producer.produce
         self._failed.clear()
         for topic, key, value, headers in messages:
             while True:
                 try:
                     if headers:
-                        produce(topic, value=value, key=key, headers=list(headers), on_delivery=failed)
+                        produce(topic, value=value, key=key, headers=list(headers))
                     else:
-                        produce(topic, value=value, key=key, on_delivery=failed)
+                        produce(topic, value=value, key=key)
                     break
                 except BufferError:
                     self._producer.poll(0.1)

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
 
 from stream.errors import DeadLetter, Reason
 
@@ -150,6 +151,44 @@ def encode(message: BaseModel) -> bytes:
     return message.model_dump_json(exclude_none=False).encode()
 
 
+def encode_prediction(
+    event: Event,
+    record: Record,
+    *,
+    label: str | None,
+    probabilities: Iterable[tuple[str, float]],
+    novelty: float,
+    model_version: str,
+    predicted_at: datetime,
+) -> bytes:
+    """The bytes that `encode` gives for the `Prediction` of these fields.
+
+    Every field was checked when it came in or is ours, so the model, at three quarters of the cost of an answer, is
+    not built.
+
+    Args:
+        event: what is answered.
+        record: where it came from; its place is the prediction's `ref`.
+        probabilities: (class, probability), best first.
+    """
+    return to_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "event_id": event.event_id,
+            "stream": event.stream,
+            "label": label,
+            "probabilities": dict(probabilities),
+            "novelty": novelty,
+            "model_version": model_version,
+            "ref": {"topic": record.topic, "partition": record.partition, "offset": record.offset},
+            "observed_at": event.observed_at,
+            "predicted_at": predicted_at,
+            "supersedes": None,
+        },
+        inf_nan_mode="constants",
+    )
+
+
 class Decoder:
     """Turns records into messages, or raises `DeadLetter` with the field and the event at fault.
 
@@ -223,11 +262,11 @@ class Decoder:
             message = wire.model_validate_json(value)
         except ValidationError as error:
             raise _refusal(error, value) from None
-        if message.schema_version.partition(".")[0] != SCHEMA_VERSION.partition(".")[0]:
+        if message.schema_version != SCHEMA_VERSION and _major(message.schema_version) != _major(SCHEMA_VERSION):
             raise DeadLetter(
                 Reason.SCHEMA_VERSION,
                 "schema_version",
-                f"found {message.schema_version!r}, this version reads {SCHEMA_VERSION.partition('.')[0]}.x",
+                f"found {message.schema_version!r}, this version reads {_major(SCHEMA_VERSION)}.x",
                 message.event_id,
             )
         if message.model_extra:
@@ -246,6 +285,10 @@ def class_name(name: str, event_id: str | None = None) -> str:
         detail = f"character U+{ord(bad):04X} is not allowed in a class name"
         raise DeadLetter(Reason.CLASS_NAME, "label", detail, event_id)
     return normal
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]
 
 
 def _bounded(record: Record) -> bytes:

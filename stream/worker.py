@@ -30,7 +30,7 @@ import mode
 from monitoring.metrics import Metrics
 from stream.batches import Batch, Outgoing, Reader, TopicTail, Writer
 from stream.errors import DeadLetter, RetryLater
-from stream.events import Decoder, Event, Headers, Place, Prediction, Record, dead_letter_headers
+from stream.events import Decoder, Event, Headers, Record, dead_letter_headers, encode_prediction
 from stream.model import Answer, Model
 from stream.service import Shell
 
@@ -91,34 +91,24 @@ class Classifier:
     ) -> list[Outgoing]:
         now = self._clock()
         predicted_at = datetime.fromtimestamp(now, UTC)
-        latency = self._metrics.prediction_latency.labels(stream).observe
-        age = self._metrics.event_age.labels(stream).observe
-        novelty = self._metrics.novelty.labels(stream).observe
         outgoing = []
         for (record, event), answer in zip(members, answers, strict=True):
-            # The fields were validated when they came in, so the model is built without validating them again.
-            prediction = Prediction.model_construct(
-                event_id=event.event_id,
-                stream=stream,
+            value = encode_prediction(
+                event,
+                record,
                 label=answer.label,
-                probabilities=dict(answer.probabilities),
+                probabilities=answer.probabilities,
                 novelty=answer.novelty,
                 model_version=answer.model_version,
-                ref=Place.model_construct(topic=record.topic, partition=record.partition, offset=record.offset),
-                observed_at=event.observed_at,
                 predicted_at=predicted_at,
             )
-            outgoing.append(
-                Outgoing(
-                    self._predictions,
-                    event.event_id.encode(),
-                    prediction.model_dump_json().encode(),
-                    passed_on(record.headers),
-                )
-            )
-            latency(max(0.0, now - record.timestamp_ms / 1000))
-            age(max(0.0, now - event.observed_at.timestamp()))
-            novelty(answer.novelty)
+            key = event.event_id.encode()
+            outgoing.append(Outgoing(self._predictions, key, value, passed_on(record.headers)))
+        waited = [max(0.0, now - record.timestamp_ms / 1000) for record, _ in members]
+        self._metrics.prediction_latency.labels(stream).observe_many(waited)
+        ages = [max(0.0, now - event.observed_at.timestamp()) for _, event in members]
+        self._metrics.event_age.labels(stream).observe_many(ages)
+        self._metrics.novelty.labels(stream).observe_many([answer.novelty for answer in answers])
         self._metrics.predictions.labels(stream).inc(len(outgoing))
         return outgoing
 

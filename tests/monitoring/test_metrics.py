@@ -89,6 +89,19 @@ def test_counters_are_there_before_their_first_increment() -> None:
     assert not series(metrics, "trimtab_accuracy_ratio"), "an accuracy of 0 that nobody measured would alert"
 
 
+@given(st.lists(st.floats(0, 1000, allow_subnormal=False), max_size=50))
+def test_observing_a_batch_is_observing_each(amounts: list[float]) -> None:
+    """The hot path counts whole batches; dashboards and alerts must read the same numbers."""
+    one, batch = Metrics(), Metrics()
+    one.prediction_latency.labels("a")
+    for amount in amounts:
+        one.prediction_latency.labels("a").observe(amount)
+    batch.prediction_latency.labels("a").observe_many(amounts)
+    name = "trimtab_prediction_latency_seconds"
+    assert series(one, f"{name}_bucket") == series(batch, f"{name}_bucket")
+    assert series(one, f"{name}_sum") == pytest.approx(series(batch, f"{name}_sum"))
+
+
 def test_a_thousand_revisions_leave_one_series() -> None:
     """A label that takes every revision's name would fill Prometheus in a day of half-second revisions."""
     metrics = Metrics()

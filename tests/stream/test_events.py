@@ -23,6 +23,7 @@ from stream.events import (
     class_name,
     dead_letter_headers,
     encode,
+    encode_prediction,
 )
 
 RULES = [
@@ -83,6 +84,41 @@ def test_labels_and_predictions_come_back_as_they_went_out(
         predicted_at=AT,
     )
     assert Decoder(RULES).prediction(record(encode(prediction))) == prediction
+
+
+@given(
+    ids,
+    st.one_of(st.none(), ids),
+    st.lists(st.tuples(ids, st.floats(0, 1)), max_size=5, unique_by=lambda pair: pair[0]),
+    times,
+    times,
+)
+def test_a_prediction_written_without_its_model_has_the_models_bytes(
+    event_id: str, label: str | None, probabilities: list[tuple[str, float]], observed_at: datetime, now: datetime
+) -> None:
+    """The hot path writes predictions without building them; a field that only one way knows would be lost."""
+    report = Report(event_id=event_id, stream="notes", observed_at=observed_at, text="x")
+    written = encode_prediction(
+        report,
+        record(b"x"),
+        label=label,
+        probabilities=probabilities,
+        novelty=0.25,
+        model_version="v1.2",
+        predicted_at=now,
+    )
+    built = Prediction(
+        event_id=event_id,
+        stream="notes",
+        label=label,
+        probabilities=dict(probabilities),
+        novelty=0.25,
+        model_version="v1.2",
+        ref=record(b"x").place,
+        observed_at=observed_at,
+        predicted_at=now,
+    )
+    assert written == encode(built)
 
 
 @given(st.binary(max_size=300))

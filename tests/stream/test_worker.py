@@ -153,6 +153,15 @@ def test_sigterm_commits_what_was_answered_and_exits_cleanly(pipeline: Pipeline)
     assert set(Counter(p.event_id for p in pipeline.answers()).values()) == {1}
 
 
+def test_an_end_that_goes_wrong_is_still_an_end(pipeline: Pipeline) -> None:
+    """A step of the end that raises must not leave a process behind that neither works nor goes away."""
+    worker, _ = pipeline.start(fault="close", fault_at=1)
+    pipeline.publish(0, 20)
+    until(lambda: pipeline.answered(20))
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 1
+
+
 def test_bad_messages_are_parked_with_their_bytes_and_the_stream_goes_on(pipeline: Pipeline) -> None:
     """A bad producer must not stop a good one, and what it sent must still be there to look at."""
     good = encode(report(5))

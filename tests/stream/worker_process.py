@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from monitoring.metrics import Metrics
-from stream.batches import Batch, BatchSettings, KafkaReader, KafkaWriter, Outgoing, TopicTail
+from stream.batches import BatchSettings, KafkaReader, KafkaWriter, Outgoing, TopicTail
 from stream.events import Decoder, Event, Record, Report, StreamRules
 from stream.kafka import KafkaSettings
 from stream.model import Answer
@@ -87,8 +87,9 @@ def main(config: dict[str, Any]) -> int:
             fault("commit")
             super()._call(action)
 
-        def write(self, batch: Batch, messages: Sequence[Outgoing]) -> None:
-            super().write(batch, messages)
+        def close(self) -> None:
+            fault("close")
+            super().close()
 
     def connect() -> Parts:
         reader = KafkaReader(
