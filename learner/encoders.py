@@ -36,7 +36,8 @@ Payload = str | Window
 """What an encoder takes: a text, or a window (C, T) in the stream's channel order with NaN where missing."""
 
 WEIGHTS, TOKENIZER, CONFIG = "weights.safetensors", "tokenizer.json", "config.json"
-TEXT_BATCH_TOKENS = 4096
+TEXT_BATCH_TOKENS = 1024
+"""What one forward pass takes on a CPU: at 4,096 tokens the activations leave the cache, and it is a fifth slower."""
 TEXT_BATCH_TOKENS_CUDA = 65_536
 TELEMETRY_BATCH_VALUES = 1 << 18
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
