@@ -7,8 +7,9 @@
     model-versions ──▶ TopicTail (thread) ──▶ Model.announce ┘
 
 Reading begins once `model-versions` has been read whole, so a worker never answers by an older
-revision than the one in service. An error that says `RetryLater` rewinds to the last commit; any
-other ends the process, and the batch in question stays uncommitted.
+revision than the one in service. An event that makes the model fail is found and becomes a dead letter.
+An error that says `RetryLater` rewinds to the last commit; any other ends the process, and the batch in
+question stays uncommitted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import mode
 
 from monitoring.metrics import Metrics
 from stream.batches import Batch, Outgoing, Reader, TopicTail, Writer
-from stream.errors import DeadLetter, RetryLater
+from stream.errors import DeadLetter, Reason, RetryLater, TrimtabError
 from stream.events import Decoder, Event, Headers, Record, dead_letter_headers, encode_prediction
 from stream.model import Answer, Model
 from stream.service import Shell
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 PASSED_ON = frozenset({"ce_id", "ce_type", "ce_source", "ce_time", "traceparent", "tracestate"})
 MAX_DEAD_LETTER_BYTES = 900_000
+POISON_IN_A_ROW = 10
+"""Events that may fail the model one after another, none answered between them, before the model is at fault."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 
@@ -64,6 +67,7 @@ class Classifier:
     ) -> None:
         self._model, self._decoder, self._metrics, self._clock = model, decoder, metrics, clock
         self._predictions, self._dead_letters = predictions, dead_letters
+        self._failed_in_a_row = 0
 
     def answer(self, records: Sequence[Record]) -> list[Outgoing]:
         """One message for every record: its prediction, or itself as a dead letter."""
@@ -80,11 +84,54 @@ class Classifier:
         for stream, members in streams.items():
             self._metrics.events.labels(stream).inc(len(members))
             with self._stage("predict"):
-                answers = self._model.predict(stream, [event for _, event in members])
-            if len(answers) != len(members):
-                raise RuntimeError(f"stream {stream!r}: {len(answers)} answers for {len(members)} events")
-            outgoing.extend(self._predict(stream, members, answers))
+                found = self._answers(stream, [event for _, event in members])
+            answered: list[tuple[Record, Event]] = []
+            answers: list[Answer] = []
+            for (record, event), answer in zip(members, found, strict=True):
+                if isinstance(answer, Exception):
+                    detail = f"the model fails on it alone: {type(answer).__name__}: {answer}"
+                    outgoing.append(
+                        self.dead_letter(DeadLetter(Reason.MODEL_FAILED, "", detail, event.event_id), record)
+                    )
+                else:
+                    answered.append((record, event))
+                    answers.append(answer)
+            outgoing.extend(self._predict(stream, answered, answers))
         return outgoing
+
+    def _answers(self, stream: str, events: Sequence[Event]) -> list[Answer | Exception]:
+        """The model's answer to each event, or the error of one that makes the model fail.
+
+        Such events are found by halving: k of them among n cost at most 2 k log2(n) passes over parts of the batch. Two
+        halves may be answered by two revisions, where one was swapped in between; each answer names its own.
+
+        Raises:
+            Exception: what the model raised, where the model is at fault and not the events: it fails on every one of
+                several, or on more than `POISON_IN_A_ROW` of them with no answer in between.
+        """
+        answers = self._halve(stream, events)
+        errors = [answer for answer in answers if isinstance(answer, Exception)]
+        if len(errors) == len(events) > 1:
+            raise errors[0]
+        return answers
+
+    def _halve(self, stream: str, events: Sequence[Event]) -> list[Answer | Exception]:
+        try:
+            answers = self._model.predict(stream, events)
+        except TrimtabError:
+            raise
+        except Exception as error:
+            if len(events) > 1:
+                middle = len(events) // 2
+                return [*self._halve(stream, events[:middle]), *self._halve(stream, events[middle:])]
+            self._failed_in_a_row += 1
+            if self._failed_in_a_row > POISON_IN_A_ROW:
+                raise
+            return [error]
+        if len(answers) != len(events):
+            raise RuntimeError(f"stream {stream!r}: {len(answers)} answers for {len(events)} events")
+        self._failed_in_a_row = 0
+        return list(answers)
 
     def _predict(
         self, stream: str, members: Sequence[tuple[Record, Event]], answers: Sequence[Answer]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from monitoring.metrics import Metrics
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Event, Prediction, Record, Report, StreamRules, encode, utc_now
 from stream.model import Answer
-from stream.worker import MAX_DEAD_LETTER_BYTES, Classifier, dead_letter
+from stream.worker import MAX_DEAD_LETTER_BYTES, POISON_IN_A_ROW, Classifier, dead_letter
 from tests.stream.worker_process import LengthModel
 
 
@@ -68,3 +68,52 @@ def test_a_model_that_loses_an_answer_stops_the_worker() -> None:
 
     with pytest.raises(RuntimeError, match="0 answers for 1 events"):
         classifier(Forgetful()).answer([record(encode_report("a"))])
+
+
+class Poisoned(LengthModel):
+    """Fails on every batch that holds a text with `!` in it, and counts its passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = 0
+
+    def predict(self, stream: str, events: Sequence[Event]) -> list[Answer]:
+        self.passes += 1
+        if any("!" in event.text for event in events if isinstance(event, Report)):
+            raise IndexError("index out of range in self")
+        return super().predict(stream, events)
+
+
+@settings(max_examples=15)
+@given(st.sets(st.integers(0, 999), max_size=3))
+def test_poison_events_cost_themselves_alone(poison: set[int]) -> None:
+    """An event on which the network itself fails would end every worker that reads it, one after another, for ever."""
+    model = Poisoned()
+    records = [record(encode_report("!" if n in poison else "fine"), n) for n in range(1_000)]
+    outgoing = classifier(model).answer(records)
+    parked = [dict(message.headers) for message in outgoing if message.topic == "dead-letters"]
+    assert {int(headers["trimtab-offset"]) for headers in parked} == poison
+    assert all(
+        headers["trimtab-reason"] == b"model_failed" and b"IndexError" in headers["trimtab-detail"]
+        for headers in parked
+    )
+    assert len(outgoing) == 1_000
+    assert model.passes <= 1 + 20 * len(poison)
+
+
+@pytest.mark.parametrize("size", [2, 1_000])
+def test_a_model_that_fails_on_everything_is_not_the_events_fault(size: int) -> None:
+    """A broken model must stop the worker with nothing committed, not empty the stream into dead letters."""
+    model = Poisoned()
+    with pytest.raises(IndexError):
+        classifier(model).answer([record(encode_report("!"), n) for n in range(size)])
+    assert model.passes <= 40
+
+
+def test_a_broken_model_shows_through_batches_of_one() -> None:
+    """On a slow stream every batch is one event, and a broken model must be told from poison all the same."""
+    one = classifier(Poisoned())
+    for n in range(POISON_IN_A_ROW):
+        assert one.answer([record(encode_report("!"), n)])[0].topic == "dead-letters"
+    with pytest.raises(IndexError):
+        one.answer([record(encode_report("!"))])

@@ -120,8 +120,10 @@ def test_a_fault_never_lets_a_later_batch_be_committed(pipeline: Pipeline, stage
     assert worker.wait(60) == 1
     assert pipeline.committed() < 100
     pipeline.start(guarantee=guarantee)
-    until(lambda: pipeline.answered(100))
+    # A model that breaks while batches of one event come may take a few of them for poison first.
+    until(lambda: pipeline.answered(100 - len(pipeline.dead_letters())))
     counts = Counter(p.event_id for p in pipeline.answers())
+    counts.update(dict(letter.headers)["trimtab-event-id"].decode() for letter in pipeline.dead_letters())
     assert len(counts) == 100
     if guarantee == "exactly_once":
         assert set(counts.values()) == {1}

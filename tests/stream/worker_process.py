@@ -46,7 +46,7 @@ class LengthModel:
 
 
 class Faulty:
-    """Raises once, at the nth call of the stage that the configuration names."""
+    """Raises at the nth call of the stage that the configuration names, and a model from then on: once is no fault."""
 
     def __init__(self, stage: str, at: int) -> None:
         self.stage, self.left = stage, at
@@ -54,7 +54,7 @@ class Faulty:
     def __call__(self, stage: str) -> None:
         if stage == self.stage:
             self.left -= 1
-            if self.left == 0:
+            if self.left == 0 or (self.left < 0 and stage == "predict"):
                 raise RuntimeError(f"ordered fault in {stage}")
 
 
