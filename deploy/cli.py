@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn
 
@@ -72,6 +73,9 @@ app.add_typer(config_app, name="config", rich_help_panel="Set up")
 app.add_typer(topics_app, name="topics", rich_help_panel="Set up")
 app.add_typer(versions_app, name="versions", rich_help_panel="Learning")
 app.add_typer(letters_app, name="dead-letters", rich_help_panel="Messages")
+
+TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"]
+"""How a time is given on the command line."""
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="Settings file; TRIMTAB_CONFIG or trimtab.yaml when left out.")
@@ -301,6 +305,40 @@ def predictions(
             shown += 1
             if shown == limit:
                 break
+
+
+@app.command(rich_help_panel="Messages")
+def audit(
+    config: ConfigOption = None,
+    since: Annotated[
+        datetime | None, typer.Option("--from", formats=TIMES, help="Only events and labels from then on, in UTC.")
+    ] = None,
+    until: Annotated[
+        datetime | None, typer.Option("--to", formats=TIMES, help="Only events and labels from before then, in UTC.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+) -> None:
+    """Hold the log, the learner's database and the registry against each other; exit 1 where a promise was broken.
+
+    Run it where the learner's database can be read. Nothing is written.
+    """
+    from deploy.audit import run_audit
+
+    settings = _settings(config)
+    found = run_audit(settings, _registry(settings), _in_utc(since), _in_utc(until))
+    if as_json:
+        typer.echo(json.dumps(found.as_json()))
+    else:
+        counts = {name: value for name, value in found.as_json().items() if isinstance(value, int) and name != "kept"}
+        rows = [[name.replace("_", " "), f"{value:,}"] for name, value in counts.items()]
+        rows += [[f"dead letters, {reason}", f"{value:,}"] for reason, value in found.dead_letters.items()]
+        _table(["what", "how many"], rows)
+        for breach in found.breaches:
+            typer.echo(f"BROKEN: {breach}", err=True)
+        if found.kept:
+            typer.echo("Every promise was kept.")
+    if not found.kept:
+        raise typer.Exit(1)
 
 
 @letters_app.command("list")
@@ -598,6 +636,10 @@ def _settings(path: Path | None) -> Settings:
     from deploy.settings import load_settings
 
     return load_settings(path)
+
+
+def _in_utc(at: datetime | None) -> datetime | None:
+    return at if at is None or at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def _known_stream(settings: Settings, stream: str) -> str:
