@@ -111,7 +111,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def same_state(one: TrainingState, other: TrainingState) -> bool:
     scalars = ("classes", "experiences", "iterations", "encoder")
-    groups = ("head", "importances", "anchors", "moments")
+    groups = ("head", "importances", "anchors", "start", "moments")
     return all(getattr(one, name) == getattr(other, name) for name in scalars) and all(
         same(getattr(one, name), getattr(other, name)) for name in groups
     )
@@ -289,7 +289,7 @@ def test_the_learner_side_loads_neither_avalanche_nor_datasets() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"strategy": "ewc", "training": "lora"}, {"epochs": 0}, {"unknown": 1}, {"learning_rate": 0}, {"strategy": "der"}],
+    [{"strategy": "si", "training": "lora"}, {"epochs": 0}, {"unknown": 1}, {"learning_rate": 0}, {"strategy": "gem"}],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     """A wrong setting must be found when the YAML is read, not after minutes of training."""
@@ -333,7 +333,7 @@ def test_the_penalty_holds_weights_in_place() -> None:
     moved = []
     for strength in (0.0, 1000.0):
         encoder = telemetry_encoder()
-        settings = TINY.model_copy(update={"strategy": "ewc", "ewc_lambda": strength, "epochs": 20})
+        settings = TINY.model_copy(update={"strategy": "ewc", "penalty_weight": strength, "epochs": 20})
         first = train(encoder, windows((1, 2), 12, "new"), TrainingState(), settings, CPU).state
         train(encoder, windows((3, 4), 12, "new"), first, settings, CPU)
         now = {f"encoder.{name}": weight for name, weight in encoder.module.named_parameters()}
