@@ -14,7 +14,8 @@ lwf           `LwFPlugin`, whose teacher is a table and not a copy of the networ
 der           our own loss: `DER` keeps its own buffer and logits, and these cannot grow with the head
 er_ace        our own loss: `ACECriterion` takes the logarithm of a softmax, which is NaN once two logits lie
               100 apart; `ER_ACE` replays nothing in a process's first experience
-agem          `AGEMPlugin`, once an update: it clears gradients, so it would undo accumulated ones
+agem          `AGEMPlugin`, once an update: it clears gradients, so it would undo accumulated ones; and not where
+              the memory's gradient has vanished, which it divides by
 gdumb         in `learner.training`: `GDumbPlugin` keeps the starting weights in an attribute, and puts another
               network in the place of ours
 ============  ==============================================================================================
@@ -44,6 +45,8 @@ from torch.utils.data import DataLoader
 from learner.finetune import FineTuneSettings
 
 MAX_GRADIENT_NORM = 1.0
+VANISHED = 1e-36
+"""A square below this is near the smallest number that float32 holds in full."""
 LORA = "default"
 """The name that peft gives to its only adapter."""
 
@@ -219,13 +222,15 @@ class Anchored(SupervisedPlugin):  # type: ignore[misc]
         """Add what mattered to this run, scaled to a mean of 1 over the weights that it trained.
 
         As they come, importances vanish as the training loss does: no one `penalty_weight` would be right for two
-        runs or two strategies, and the run that fitted best would be protected least.
+        runs or two strategies, and the run that fitted best would be protected least. Where they have vanished
+        altogether, what is left of them is rounding, and the run counts for nothing.
         """
         found = {name: value for name, value in self.measure(strategy).items() if bool(value.any())}
         mean = sum(float(value.sum()) for value in found.values()) / max(1, sum(v.numel() for v in found.values()))
         kept = {name: self._decay * value for name, value in self.importances.items()}
-        for name, value in found.items():
-            kept[name] = kept.get(name, 0.0) + value / (mean or 1.0)
+        if mean > VANISHED:
+            for name, value in found.items():
+                kept[name] = kept.get(name, 0.0) + value / mean
         weights = dict(strategy.model.named_parameters())
         self.importances = kept
         self.anchors = {name: weights[name].detach().clone() for name in kept}
@@ -343,7 +348,9 @@ class AveragedGradient(AGEMPlugin):  # type: ignore[misc]
         super().before_training_iteration(strategy, **kwargs)
         for weight, gradient in whole:
             weight.grad = gradient
-        super().after_backward(strategy, **kwargs)
+        # Divided by in the projection: where the memory is learned its gradient vanishes, and NaN would be the update.
+        if float(self.reference_gradients.square().sum()) > VANISHED:
+            super().after_backward(strategy, **kwargs)
 
     def after_training_exp(self, strategy: Any, **kwargs: Any) -> None:
         """Nothing: the replay store decides who stays."""

@@ -82,7 +82,7 @@ class TrainingState:
         experiences: how many runs came before (Avalanche's `clock.train_exp_counter`).
         iterations: training steps of all runs.
         encoder: the file digests of the encoder that this state belongs to.
-        head: `weight` (C, d) and `bias` (C,).
+        head: `weight` (C, d) and `bias` (C,), and by which `centre` (d,) and `sharpness` new rows are made.
         importances: what each weight mattered to earlier runs, for the strategies that hold weights.
         anchors: where they hold each of these weights.
         start: the weights from which GDumb trains anew in each run; empty before its first.
@@ -166,12 +166,14 @@ class TrainingState:
     def fits(self, module: nn.Module, dimension: int) -> bool:
         """Whether its tensors have the shapes of this encoder's weights and of a head on its embeddings."""
         shapes = {f"encoder.{name}": weight.shape for name, weight in module.named_parameters()}
-        shapes["head.weight"] = torch.Size((len(self.classes), dimension))
-        shapes["head.bias"] = torch.Size((len(self.classes),))
+        classes = len(self.classes)
+        head = {"weight": (classes, dimension), "bias": (classes,), "centre": (dimension,), "sharpness": ()}
+        shapes |= {f"head.{name}": torch.Size(head[name]) for name in ("weight", "bias")}
         begun = {name: value.shape for name, value in module.state_dict().items()}
+        held = (*self.importances.items(), *self.anchors.items())
         return (
-            all(value.shape == shapes[f"head.{name}"] for name, value in self.head.items())
-            and all(value.shape == shapes.get(n) for n, value in (*self.importances.items(), *self.anchors.items()))
+            {name: tuple(value.shape) for name, value in self.head.items()} == (head if classes else {})
+            and all(value.shape == shapes.get(name) for name, value in held)
             and (not self.start or {name: value.shape for name, value in self.start.items()} == begun)
         )
 
@@ -354,12 +356,12 @@ def train(
         state.start = state.start or {name: value.clone() for name, value in encoder.module.state_dict().items()}
         encoder.module.load_state_dict(state.start)
     embeddings = encoder.embed([row.payload for row in experience + memory])
-    weight, bias = _grown_head(embeddings, [row.label for row in experience + memory], state)
+    head = _grown_head(embeddings, [row.label for row in experience + memory], state)
     frozen = _freeze(encoder.module, settings)
     bf16 = _computes_bf16(settings, encoder.spec.kind, device)
     if settings.training == "lora":
         _add_lora(encoder.module, settings)
-    net = TrainingNet(encoder.module, weight, bias, frozen, bf16).to(device)
+    net = TrainingNet(encoder.module, head["weight"], head["bias"], frozen, bf16).to(device)
 
     index = {name: number for number, name in enumerate(state.classes)}
     steps = -(-len(experience) // settings.batch_size)
@@ -404,7 +406,7 @@ def train(
         classes=state.classes,
         experiences=loop.clock.train_exp_counter,
         iterations=loop.clock.train_iterations,
-        head={"weight": net.head.weight.detach().clone(), "bias": net.head.bias.detach().clone()},
+        head=head | {"weight": net.head.weight.detach().clone(), "bias": net.head.bias.detach().clone()},
         importances=held.importances if held else state.importances,
         anchors=held.anchors if held else state.anchors,
         start=state.start,
@@ -583,31 +585,38 @@ def _evaluate(net: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> tuple
     return loss / count, right / count
 
 
-def _grown_head(embedded: NDArray[np.float32], names: Sequence[str], state: TrainingState) -> tuple[Tensor, Tensor]:
+def _grown_head(embedded: NDArray[np.float32], names: Sequence[str], state: TrainingState) -> Named:
     """The training head: the state's rows, then for each new class the classifier by its mean embedding.
 
-    A class's row is s (mu_k - mu) with bias -s (|mu_k|^2 - |mu|^2) / 2, the linear form of the nearest class
-    mean, where s makes the logits of classes that lie one within-class spread apart differ by a few units.
+    A class's row is s (mu_k - c) with bias -s (|mu_k|^2 - |c|^2) / 2, the linear form of the nearest class mean,
+    where s makes the logits of classes that lie one within-class spread apart differ by a few units. Centre c and
+    sharpness s are those of the line's first run, for rows can only be compared that were measured alike: with its
+    own centre, a run over one class would give it a row of zeros.
     """
     embeddings, labels = embedded.astype(np.float64), np.array(names)
-    centre = embeddings.mean(axis=0)
     means = {str(name): embeddings[labels == name].mean(axis=0) for name in np.unique(labels)}
-    within = float(np.mean([((e - means[str(name)]) ** 2).sum() for e, name in zip(embeddings, labels, strict=True)]))
-    total = float(((embeddings - centre) ** 2).sum(axis=1).mean())
-    # Classes of one example each have no spread of their own; a tenth of the whole stands in for it.
-    sharpness = HEAD_SHARPNESS / max(within, 0.1 * total, 1e-12)
     known = len(state.head["bias"]) if state.head else 0
+    if known:
+        centre, sharpness = state.head["centre"].cpu().numpy(), float(state.head["sharpness"])
+    else:
+        centre = embeddings.mean(axis=0)
+        within = float(
+            np.mean([((e - means[str(name)]) ** 2).sum() for e, name in zip(embeddings, labels, strict=True)])
+        )
+        total = float(((embeddings - centre) ** 2).sum(axis=1).mean())
+        # Beyond a spread of less than that (a class of one example has none) logits would lie so far apart that no
+        # gradient is left to learn by; 150 classes of short questions have 0.55.
+        sharpness = HEAD_SHARPNESS / max(within, 0.4 * total, 1e-12)
     weight = np.zeros((len(state.classes), embeddings.shape[1]))
     bias = np.zeros(len(state.classes))
     for number, name in enumerate(state.classes):
         if number >= known:
             weight[number] = sharpness * (means[name] - centre)
             bias[number] = -sharpness * ((means[name] ** 2).sum() - (centre**2).sum()) / 2
-    grown_weight, grown_bias = torch.from_numpy(weight).float(), torch.from_numpy(bias).float()
-    if known:
-        grown_weight[:known] = state.head["weight"]
-        grown_bias[:known] = state.head["bias"]
-    return grown_weight, grown_bias
+    grown = {"weight": torch.from_numpy(weight).float(), "bias": torch.from_numpy(bias).float()}
+    for key in ("weight", "bias") if known else ():
+        grown[key][:known] = state.head[key]
+    return grown | {"centre": torch.from_numpy(centre), "sharpness": torch.tensor(sharpness, dtype=torch.float64)}
 
 
 def _old_logits(embeddings: NDArray[np.float32], state: TrainingState, device: torch.device) -> Tensor | None:
