@@ -45,7 +45,10 @@ from stream.errors import TrimtabError
 RESULT_FILE = "result.json"
 LOG_LINES = 20
 
-Strategy = Literal["naive", "replay", "ewc", "ewc_replay"]
+Strategy = Literal[
+    "naive", "replay", "ewc", "si", "mas", "lwf", "ewc_replay", "si_replay", "mas_replay", "lwf_replay",
+    "der", "er_ace", "gdumb", "agem",
+]  # fmt: skip
 Training = Literal["full", "frozen_layers", "lora"]
 Phase = Literal["starting", "reading", "training", "importances", "embedding", "writing", "done"]
 
@@ -71,9 +74,15 @@ class FineTuneStopped(FineTuneFailed):
 class FineTuneSettings(BaseModel):
     """How an encoder is trained on an experience.
 
-    `naive` sees only what is new, `replay` mixes in the other examples of the store, `ewc` holds the weights
-    that mattered in earlier runs in place (Kirkpatrick et al. 2017, with the decayed sum of Schwarz et al. 2018,
-    section 4), and `ewc_replay` does both.
+    What each strategy does with what is new, and with the store's other examples (the memory):
+
+    - `naive`: trains on what is new; `replay`: on as many of the memory in each batch besides.
+    - `ewc`, `si`, `mas`: naive, with the weights that mattered in earlier runs held in place, and `lwf`: naive,
+      with the old network's answers as second targets. Each with `_replay`: over the memory too.
+    - `der`: DER++, replay that is held to the old network's answers on the memory.
+    - `er_ace`: replay in which what is new does not push the old classes away.
+    - `agem`: naive, with each update turned so that the memory's loss does not rise.
+    - `gdumb`: goes back to the weights that its first run found, and trains them on everything at once.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -100,10 +109,16 @@ class FineTuneSettings(BaseModel):
     mixed_precision: Literal["auto", "on", "off"] = Field(
         default="auto", description="bfloat16 in the encoder's forward pass; auto: where the machine computes in it"
     )
-    ewc_lambda: float = Field(
-        default=1.0, ge=0, description="weight of the EWC penalty in the loss; importances have a mean of 1"
+    penalty_weight: float = Field(
+        default=1.0, ge=0, description="weight of the penalty of ewc, si and mas; importances have a mean of 1"
     )
-    ewc_decay: float = Field(default=0.9, ge=0, le=1, description="what an importance keeps at each later run")
+    importance_decay: float = Field(
+        default=0.9, ge=0, le=1, description="what a weight's importance keeps at each later run (ewc, si, mas)"
+    )
+    distillation_weight: float = Field(default=1.0, ge=0, description="weight of the old network's answers in lwf")
+    distillation_temperature: float = Field(default=2.0, gt=0, le=100, description="softens both answers in lwf")
+    der_alpha: float = Field(default=0.1, ge=0, description="weight of the old network's logits in der")
+    der_beta: float = Field(default=0.5, ge=0, description="weight of the memory's labels in der")
     seed: int = Field(default=0, ge=0, lt=2**32)
     threads: int = Field(default=1, ge=1, le=256, description="CPU threads of the training process")
     nice: int = Field(default=10, ge=0, le=19, description="how far the training process steps back for others")
@@ -112,22 +127,28 @@ class FineTuneSettings(BaseModel):
 
     @model_validator(mode="after")
     def _compatible(self) -> Self:
-        if self.training == "lora" and self.strategy in ("ewc", "ewc_replay"):
+        if self.training == "lora" and self.holds == "si":
             raise ValueError(
-                f"strategy {self.strategy!r} cannot hold the weights of training 'lora' in place, because each run "
-                "makes new ones; allowed with 'lora' are 'naive' and 'replay'"
+                f"strategy {self.strategy!r} cannot go with training 'lora': it follows the way of each weight, and "
+                "under 'lora' the weights that serve are moved only once, when the run ends; 'ewc' and 'mas' can"
             )
         return self
 
     @property
     def replays(self) -> bool:
         """Whether the examples that are not new are trained on too."""
-        return self.strategy in ("replay", "ewc_replay")
+        return self.strategy.endswith("replay") or self.strategy in ("der", "er_ace", "gdumb", "agem")
 
     @property
-    def consolidates(self) -> bool:
-        """Whether weights are held in place by their importance."""
-        return self.strategy in ("ewc", "ewc_replay")
+    def holds(self) -> Literal["ewc", "si", "mas"] | None:
+        """By whose measure of importance weights are held in place, if they are."""
+        name = self.strategy.removesuffix("_replay")
+        return name if name in ("ewc", "si", "mas") else None  # type: ignore[return-value]
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether a run forgets what earlier ones trained."""
+        return self.strategy == "gdumb"
 
 
 class FineTuneJob(BaseModel):
@@ -179,7 +200,7 @@ class FineTuneJob(BaseModel):
 class Progress(BaseModel):
     """How far a fine-tune has come: `done` of `total` examples in this phase.
 
-    `loss` is the running mean of the training loss, EWC's penalty included.
+    `loss` is the running mean of the training loss, with what the strategy adds to it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -194,8 +215,9 @@ class Progress(BaseModel):
 class FineTuneSummary(BaseModel):
     """What a fine-tune did, in numbers that are kept with the version.
 
-    `new`, `replayed`, `held_out` and `exam` count examples; `penalty` is EWC's mean share of the loss;
-    `held_out_*` are of the training head; `run` counts the runs of the state's line, from 1.
+    `new`, `replayed`, `held_out` and `exam` count examples; `penalty` is the mean of what the strategy added to the
+    loss by penalty or distillation; `held_out_*` are of the training head; `run` counts the runs of the state's line,
+    from 1.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -148,7 +148,7 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
         (SMALL + "    topic: labels", "settings: streams.intents.topic is 'labels': that topic is not for events"),
         (SMALL + "worker: {http: {host: 0.0.0.0}}", "worker.http: host 0.0.0.0 is beyond loopback and needs a token"),
         (SMALL + "learner: {http: {host: 0.0.0.0}}", "learner.http: host 0.0.0.0 is beyond loopback"),
-        (SMALL + "    finetune: {strategy: ewc, training: lora}", "streams.intents.finetune: strategy 'ewc' cannot"),
+        (SMALL + "    finetune: {strategy: si, training: lora}", "streams.intents.finetune: strategy 'si' cannot"),
         (SMALL + "workers: {}", "workers: unknown key; did you mean worker?"),
     ],
 )

@@ -39,7 +39,7 @@ from learner.finetune import (
     run_finetune,
 )
 from learner.heads import quantise
-from learner.training import Row, TrainingState, hold_out, learning_rate_scale, train
+from learner.training import Row, TrainingState, carry_out, hold_out, learning_rate_scale, train
 from replay.snapshot import write_snapshot
 from replay.store import Example
 from stream.events import Place
@@ -111,7 +111,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def same_state(one: TrainingState, other: TrainingState) -> bool:
     scalars = ("classes", "experiences", "iterations", "encoder")
-    groups = ("head", "importances", "anchors", "moments")
+    groups = ("head", "importances", "anchors", "start", "moments")
     return all(getattr(one, name) == getattr(other, name) for name in scalars) and all(
         same(getattr(one, name), getattr(other, name)) for name in groups
     )
@@ -289,7 +289,7 @@ def test_the_learner_side_loads_neither_avalanche_nor_datasets() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"strategy": "ewc", "training": "lora"}, {"epochs": 0}, {"unknown": 1}, {"learning_rate": 0}, {"strategy": "der"}],
+    [{"strategy": "si", "training": "lora"}, {"epochs": 0}, {"unknown": 1}, {"learning_rate": 0}, {"strategy": "gem"}],
 )
 def test_settings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:
     """A wrong setting must be found when the YAML is read, not after minutes of training."""
@@ -333,7 +333,7 @@ def test_the_penalty_holds_weights_in_place() -> None:
     moved = []
     for strength in (0.0, 1000.0):
         encoder = telemetry_encoder()
-        settings = TINY.model_copy(update={"strategy": "ewc", "ewc_lambda": strength, "epochs": 20})
+        settings = TINY.model_copy(update={"strategy": "ewc", "penalty_weight": strength, "epochs": 20})
         first = train(encoder, windows((1, 2), 12, "new"), TrainingState(), settings, CPU).state
         train(encoder, windows((3, 4), 12, "new"), first, settings, CPU)
         now = {f"encoder.{name}": weight for name, weight in encoder.module.named_parameters()}
@@ -527,6 +527,22 @@ def test_a_loss_that_is_not_a_number_ends_the_run() -> None:
         next(iter(encoder.module.parameters())).fill_(float("nan"))
     with pytest.raises(FineTuneFailed, match="the loss became nan"):
         train(encoder, windows((1, 2), 12, "new"), TrainingState(), TINY, CPU)
+
+
+@pytest.mark.parametrize("known", ["another", "this"])
+def test_a_state_of_another_size_is_left_aside(known: str, tmp_path: Path) -> None:
+    """A base model that was replaced by a larger one has no use for what the smaller one's weights were worth, and
+    no run may fail for it, tonight and every night after."""
+    small = build_telemetry_encoder(CHANNELS, seed=3, window=16, dimension=40, learned=4)
+    left = train(small, windows((1, 2), 8, "new"), TrainingState(), TINY, CPU).state
+    job = write_job(tmp_path / "larger", windows((1, 2), 8, "new"), telemetry_encoder())
+    left.encoder = job.encoder.files if known == "this" else small.sealed().files
+    left.save(tmp_path / "state")
+    carry_out(job.model_copy(update={"state": tmp_path / "state"}), lambda progress: None)
+    summary = read_result(job.out).summary
+    assert summary.run == 1
+    assert len(summary.notes) == 1
+    assert "was left aside" in summary.notes[0]
 
 
 @given(total=st.integers(1, 500), ratio=st.floats(0, 1))
