@@ -12,14 +12,26 @@ of `lost` or more of them is an exact one-sided sign test (McNemar 1947). Each c
   Statistics in Medicine 17, method 10, one-sided).
 - *not enough*: the examples tell neither. With a budget of 0.05, fewer than 52 show at best that recall rose.
 
-The correction is Holm's (1979), over the classes for which enough answers changed that the test could be
-significant at all (Tarone 1990, "A modified Bonferroni method for discrete data", Biometrics 46). How many
-changed says nothing of their direction, so this choice is free, and it is what lets one lost class be seen
-among 150. Classes with fewer examples than that are judged together as well, as a pooled group.
-Which classes those are depends on their number of examples alone; choosing them by their result would bias it.
+The correction is the exact distribution of the smallest p value of all classes, step by step (Westfall and
+Wolfinger 1997, "Multiple tests with discrete distributions", The American Statistician 51): with ten changed
+answers a class has eleven p values to choose from, with three it has four, and none that counts where even all
+three lost would lie within the budget. How many changed says nothing of their direction, so to use it is free,
+and it is what lets one class that fell by ten points be seen among 150. Classes too small to be judged alone are
+judged together as well, as a pooled group. Which classes those are depends on their number of examples alone;
+choosing them by their result would bias it.
+
+Accuracy counts each example alike, balanced accuracy each class. Both are tested, the second by turning the
+direction of every changed answer at random (Phipson and Smyth 2010, "Permutation p-values should never be
+zero", Statistical Applications in Genetics and Molecular Biology 9), with a fixed seed.
+
+A class too young to give examples to the exam may be judged on examples that its head was taught, each answered
+by a head that leaves it out. Encoders may have been trained on them, which flatters the candidate: so such a
+class can be found worse, never cleared.
 
 The chance that a candidate as good as the champion is refused is `alpha` at most: half of it is spent on the
-classes, a quarter on accuracy, a quarter on the pooled group. Collapsed classes come on top, on purpose.
+classes, an eighth each on accuracy and balanced accuracy, a quarter on the pooled group. It holds over all times
+that one candidate is examined again as labels arrive, because each look spends a part of it only; see `spent`.
+Collapsed classes come on top, on purpose.
 """
 
 from __future__ import annotations
@@ -28,14 +40,21 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import betainc, ndtri
 
 Outcome = Literal["worse", "not_worse", "not_enough"]
 NAMED = 10
 """How many classes a reason names before it counts the rest."""
+FIRST_LOOK = 0.75
+"""The first look's part of alpha: nearly every candidate is examined once."""
+TURNS = 9_999
+"""Random turns behind the p value of balanced accuracy, which so is 0.0001 at best."""
 
 
 class ExamSettings(BaseModel):
@@ -64,6 +83,15 @@ class ExamSettings(BaseModel):
     require_improvement: bool = Field(
         default=False, description="promote only what is significantly better, not what is as good"
     )
+    recent: timedelta | None = Field(
+        default=None,
+        gt=timedelta(0),
+        description="examine on examples observed within this time of the newest, so that the world as it was does "
+        "not speak against right adaptation; all of them when left out",
+    )
+    recent_least: int = Field(
+        default=20, ge=1, description="... but never on fewer of a class than its newest this many, old or not"
+    )
 
     @property
     def judged_from(self) -> int:
@@ -75,11 +103,12 @@ class ExamSettings(BaseModel):
 
 
 class ClassOutcome(BaseModel):
-    """One class, or the pooled group, in an exam.
+    """One class in an exam.
 
     Args:
         label: the class.
         n: its examples.
+        left_out: its examples are ones that both heads were taught, each answered by heads that left it out.
         lost: those that only the champion has right.
         gained: those that only the candidate has right.
         p_value: exact one-sided p of "the candidate is no worse", not corrected for the number of classes.
@@ -98,6 +127,7 @@ class ClassOutcome(BaseModel):
     p_value: float
     fall_bound: float
     outcome: Outcome
+    left_out: bool = False
 
     @property
     def fall(self) -> float:
@@ -138,6 +168,8 @@ class Verdict(BaseModel):
         n: examples.
         accuracy_p_value: exact one-sided p of "the candidate is no worse".
         accuracy_fall_bound: accuracy fell by less than this with the settings' confidence.
+        balanced_p_value: the same of balanced accuracy, the mean of the classes' recalls.
+        look: how often this candidate has been examined against this champion.
         classes: every class of the exam, sorted.
         judged: the classes that came out as worse or not worse.
         unjudged: the classes whose examples were not enough, and known classes without any.
@@ -152,11 +184,58 @@ class Verdict(BaseModel):
     candidate_accuracy: float
     accuracy_p_value: float
     accuracy_fall_bound: float
+    champion_balanced: float = 0.0
+    candidate_balanced: float = 0.0
+    balanced_p_value: float = 1.0
+    look: int = 1
     classes: list[ClassOutcome]
     pooled: PooledOutcome | None
     judged: list[str]
     unjudged: list[str]
     settings: ExamSettings
+
+
+class LeftOut(BaseModel):
+    """Both models' answers to examples that their heads were taught, each by a head that leaves it out.
+
+    See `heads.leave_one_out`; None where the example is all that was ever taught.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    labels: list[str] = []
+    champion: list[str | None] = []
+    candidate: list[str | None] = []
+
+
+def recent(labels: Sequence[str], observed_at: Sequence[datetime], settings: ExamSettings) -> list[int]:
+    """Which examples the exam is to be held on: positions, in order. Pure.
+
+    A class that has become rare keeps its newest few however old they are, so that it stays protected.
+    """
+    if settings.recent is None or not labels:
+        return list(range(len(labels)))
+    since = max(observed_at) - settings.recent
+    newest = sorted(range(len(labels)), key=lambda row: (observed_at[row], row), reverse=True)
+    seen: Counter[str] = Counter()
+    kept = []
+    for row in newest:
+        seen[labels[row]] += 1
+        if observed_at[row] >= since or seen[labels[row]] <= settings.recent_least:
+            kept.append(row)
+    return sorted(kept)
+
+
+def spent(alpha: float, look: int) -> float:
+    """The part of alpha that the `look`-th examination of one candidate may spend; over all looks it is alpha.
+
+    However often it is looked at, and whatever made someone look again, the chances add up to no more.
+    """
+    if look < 1:
+        raise ValueError(f"looks are counted from 1, found {look}")
+    if look == 1:
+        return FIRST_LOOK * alpha
+    return (1 - FIRST_LOOK) * alpha * 6 / (math.pi * (look - 1)) ** 2
 
 
 def examine(
@@ -166,6 +245,8 @@ def examine(
     *,
     champion_classes: Collection[str] = (),
     candidate_classes: Collection[str] | None = None,
+    left_out: LeftOut | None = None,
+    look: int = 1,
     settings: ExamSettings | None = None,
 ) -> Verdict:
     """Judge a candidate by both models' answers to the same examples. Pure.
@@ -178,21 +259,27 @@ def examine(
         champion_classes: the classes that the champion can answer.
         candidate_classes: the classes that the candidate can answer; one that lacks a class of the champion is
             refused. None where they are not known.
+        left_out: examples of classes that have none in the exam; of the others they are left aside.
+        look: the how manieth time this candidate is examined against this champion, from 1.
 
     Raises:
         ValueError: the three sequences differ in length.
     """
     rules = settings or ExamSettings()
-    if not len(labels) == len(champion) == len(candidate):
-        raise ValueError(f"{len(labels)} labels, {len(champion)} and {len(candidate)} answers: all must be as many")
+    alpha = spent(rules.alpha, look)
     pairs = _pairs_by_class(labels, champion, candidate)
+    young = left_out or LeftOut()
+    beside = _pairs_by_class(young.labels, young.champion, young.candidate)
+    beside = {name: pair for name, pair in beside.items() if name not in pairs}
     overall = _together(pairs.values())
-    classes = _judge_classes(pairs, rules)
-    pooled = _judge_pool([pair for pair in pairs.values() if pair.n < rules.judged_from], rules)
+    classes = _judge_classes(pairs, rules, alpha, beside)
+    pooled = _judge_pool([pair for pair in pairs.values() if pair.n < rules.judged_from], rules, alpha)
+    was, now = _balanced(pairs.values())
+    balanced_p_value = _turned(pairs)
 
     refusals = _unusable(overall, candidate, champion_classes, candidate_classes, rules)
     refusals += _class_refusals(classes)
-    if overall.p_value <= rules.alpha / 4:
+    if overall.p_value <= alpha / 8:
         refusals.append(
             f"accuracy fell significantly, from {overall.was:.1%} to {overall.now:.1%} on {overall.n} examples "
             f"({overall.lost} lost, {overall.gained} gained, p = {overall.p_value:.2g})"
@@ -202,6 +289,11 @@ def examine(
             f"the {_count(pooled.classes, 'small class', 'small classes')} together fell from "
             f"{pooled.champion_recall:.1%} to {pooled.candidate_recall:.1%} on {pooled.n} examples, beyond the "
             f"budget of {rules.pooled_budget:.1%} (p = {pooled.p_value:.2g})"
+        )
+    if balanced_p_value <= alpha / 8:
+        refusals.append(
+            f"the mean of the {_count(len(pairs), 'class', 'classes')}' recalls fell significantly, from {was:.1%} "
+            f"to {now:.1%} (p = {balanced_p_value:.2g})"
         )
     if rules.require_improvement and overall.n and overall.p_value_better > rules.alpha:
         refusals.append(
@@ -219,6 +311,10 @@ def examine(
         candidate_accuracy=overall.now,
         accuracy_p_value=overall.p_value,
         accuracy_fall_bound=bound,
+        champion_balanced=was,
+        candidate_balanced=now,
+        balanced_p_value=balanced_p_value,
+        look=look,
         classes=classes,
         pooled=pooled,
         judged=[outcome.label for outcome in classes if outcome.outcome != "not_enough"],
@@ -279,7 +375,7 @@ def guard_revision(
     truth = [label for label, _, _ in known if label is not None]
     pairs = _pairs_by_class(truth, [old for _, old, _ in known], [now for _, _, now in known])
     exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
-    held += _class_refusals(_judge_classes(pairs, exam))
+    held += _class_refusals(_judge_classes(pairs, exam, exam.alpha))
 
     if len(labels) >= rules.share_examples:
         before, after = Counter(previous), Counter(new)
@@ -361,17 +457,21 @@ class _Pairs:
         return (self.lost - self.gained) / self.n if self.n else 0.0
 
     @property
+    def changed(self) -> int:
+        return self.lost + self.gained
+
+    @property
     def p_value(self) -> float:
-        return _at_least(self.lost, self.lost + self.gained)
+        return _at_least(self.lost, self.changed)
 
     @property
     def p_value_better(self) -> float:
-        return _at_least(self.gained, self.lost + self.gained)
+        return _at_least(self.gained, self.changed)
 
-    @property
-    def smallest_p_value(self) -> float:
-        """What the test would give had every changed answer been lost."""
-        return math.ldexp(1.0, -(self.lost + self.gained))
+    def beyond(self, budget: float) -> int:
+        """The fewest of the changed answers that must be lost for recall to fall by more than the budget."""
+        allowed = math.floor(budget * self.n + 1e-9)
+        return (self.changed + allowed) // 2 + 1
 
     def bound(self, confidence: float) -> float:
         """Upper bound of the fall: Newcombe's method 10, score intervals joined by the pairs' correlation."""
@@ -401,6 +501,8 @@ class _Pairs:
 def _pairs_by_class(
     labels: Sequence[str], champion: Sequence[str | None], candidate: Sequence[str | None]
 ) -> dict[str, _Pairs]:
+    if not len(labels) == len(champion) == len(candidate):
+        raise ValueError(f"{len(labels)} labels, {len(champion)} and {len(candidate)} answers: all must be as many")
     counts = Counter(
         (label, old == label, now == label) for label, old, now in zip(labels, champion, candidate, strict=True)
     )
@@ -412,16 +514,21 @@ def _together(pairs: Iterable[_Pairs]) -> _Pairs:
     return sum(pairs, start=_Pairs(0, 0, 0, 0))
 
 
-def _judge_classes(pairs: Mapping[str, _Pairs], rules: ExamSettings) -> list[ClassOutcome]:
-    overall = _together(pairs.values())
-    significant = _holm({name: pair for name, pair in pairs.items() if pair.lost + pair.gained}, rules.alpha / 2)
+def _judge_classes(
+    pairs: Mapping[str, _Pairs], rules: ExamSettings, alpha: float, left_out: Mapping[str, _Pairs] | None = None
+) -> list[ClassOutcome]:
+    """Every class of the exam, and after them those whose examples were left out, all as one family of tests."""
+    beside = left_out or {}
+    every = {**pairs, **beside}
+    overall = _together(every.values())
+    significant = _significant(every, rules.budget, alpha / 2)
     outcomes = []
-    for name, pair in pairs.items():
+    for name, pair in every.items():
         bound = pair.bound(rules.confidence)
         outcome: Outcome = "not_enough"
-        if _collapsed(pair, overall, len(pairs), rules) or (name in significant and pair.fall > rules.budget):
+        if _collapsed(pair, overall, len(every), rules) or name in significant:
             outcome = "worse"
-        elif bound <= rules.budget:
+        elif bound <= rules.budget and name not in beside:
             outcome = "not_worse"
         outcomes.append(
             ClassOutcome(
@@ -434,6 +541,7 @@ def _judge_classes(pairs: Mapping[str, _Pairs], rules: ExamSettings) -> list[Cla
                 p_value=pair.p_value,
                 fall_bound=bound,
                 outcome=outcome,
+                left_out=name in beside,
             )
         )
     return outcomes
@@ -453,13 +561,13 @@ def _collapsed(pair: _Pairs, overall: _Pairs, classes: int, rules: ExamSettings)
     return classes * ((lost / held) ** pair.lost if held else 0.0) <= rules.alpha
 
 
-def _judge_pool(small: Sequence[_Pairs], rules: ExamSettings) -> PooledOutcome | None:
+def _judge_pool(small: Sequence[_Pairs], rules: ExamSettings, alpha: float) -> PooledOutcome | None:
     if not small:
         return None
     pool = _together(small)
     bound = pool.bound(rules.confidence)
     outcome: Outcome = "not_enough"
-    if pool.p_value <= rules.alpha / 4 and pool.fall > rules.pooled_budget:
+    if pool.p_value <= alpha / 4 and pool.fall > rules.pooled_budget:
         outcome = "worse"
     elif bound <= rules.pooled_budget:
         outcome = "not_worse"
@@ -476,19 +584,62 @@ def _judge_pool(small: Sequence[_Pairs], rules: ExamSettings) -> PooledOutcome |
     )
 
 
-def _holm(pairs: Mapping[str, _Pairs], alpha: float) -> set[str]:
-    """The classes whose test is significant: Holm's steps over the ones that Tarone's choice leaves."""
-    smallest = sorted(pair.smallest_p_value for pair in pairs.values())
-    divisor = 1
-    while sum(p <= alpha / divisor for p in smallest) > divisor:
-        divisor += 1
-    testable = sorted((pair.p_value, name) for name, pair in pairs.items() if pair.smallest_p_value <= alpha / divisor)
+def _significant(pairs: Mapping[str, _Pairs], budget: float, alpha: float) -> set[str]:
+    """The classes that are worse beyond the budget, at a chance of alpha at most that one is named wrongly.
+
+    Given how many answers changed, each class's chance of a p value this small *and* a fall beyond the budget is
+    known exactly. One after another, smallest p first, each must be smaller than chance gives the smallest of all
+    that are left.
+    """
+    tails = {changed: _tail(changed) for changed in {pair.changed for pair in pairs.values()}}
+    fewest = {name: pair.beyond(budget) for name, pair in pairs.items()}
+    left = Counter((pair.changed, fewest[name]) for name, pair in pairs.items() if fewest[name] <= pair.changed)
+    fallen = sorted((pair.p_value, name) for name, pair in pairs.items() if pair.lost >= fewest[name])
     significant = set()
-    for step, (p, name) in enumerate(testable):
-        if p > alpha / (len(testable) - step):
+    for p, name in fallen:
+        spared = 1.0
+        for (changed, least), many in left.items():
+            tail = tails[changed]
+            # Tails fall with k; the slack lets a class's own p count as reached.
+            k = max(least, int(np.searchsorted(-tail, -p * (1 + 1e-12))))
+            if k <= changed:
+                spared *= (1.0 - float(tail[k])) ** many
+        if 1.0 - spared > alpha:
             break
         significant.add(name)
+        pair = pairs[name]
+        left[pair.changed, fewest[name]] -= 1
     return significant
+
+
+def _tail(n: int) -> npt.NDArray[np.float64]:
+    """P(X >= k) for X of Bin(n, 1/2), for k from 0 to n."""
+    return np.array([_at_least(k, n) for k in range(n + 1)])
+
+
+def _balanced(pairs: Collection[_Pairs]) -> tuple[float, float]:
+    """The mean of the classes' recalls, before and now."""
+    if not pairs:
+        return 0.0, 0.0
+    return sum(pair.was for pair in pairs) / len(pairs), sum(pair.now for pair in pairs) / len(pairs)
+
+
+def _turned(pairs: Mapping[str, _Pairs]) -> float:
+    """One-sided p of a fall of balanced accuracy: how often it falls as far when each change is turned at random."""
+    changed = [pair for _, pair in sorted(pairs.items()) if pair.changed]
+    if not changed:
+        return 1.0
+    many = np.array([pair.changed for pair in changed])
+    weight = np.array([1.0 / pair.n for pair in changed])
+    fall = float(np.sum(weight * np.array([pair.lost - pair.gained for pair in changed])))
+    if fall <= 0:
+        return 1.0
+    draws = np.random.default_rng(0)
+    as_far = 0
+    for start in range(0, TURNS, 1_000):
+        lost = draws.binomial(many, 0.5, size=(min(1_000, TURNS - start), len(many)))
+        as_far += int(((2 * lost - many) @ weight >= fall - 1e-9).sum())
+    return (1 + as_far) / (1 + TURNS)
 
 
 def _at_least(k: int, n: int) -> float:
@@ -526,6 +677,8 @@ def _class_refusals(classes: Sequence[ClassOutcome]) -> list[str]:
     reasons = []
     for c in worse[:NAMED]:
         fell = f"from {round(c.champion_recall * c.n)} to {round(c.candidate_recall * c.n)} right of {c.n}"
+        if c.left_out:
+            fell += ", each left out of the heads that answered it"
         if c.candidate_recall == 0:
             reasons.append(f"class {c.label!r} is forgotten: {fell}")
         else:
