@@ -12,6 +12,8 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +32,11 @@ from stream.worker import Classifier, Parts, Worker
 
 if TYPE_CHECKING:
     from learner.app import Parts as LearnerParts
-    from learner.online import StreamPlan
+    from learner.joining import EventLog, Joiner
+    from learner.online import EncoderShelf, OnlineLearner, StreamPlan
+    from learner.trainer import Trainer
+    from monitoring.drift import DriftMonitor
+    from replay.store import LearnerStore
 
 logger = logging.getLogger(__name__)
 
@@ -153,52 +159,101 @@ def _learner_parts(
 ) -> LearnerParts:
     from learner.app import Outbox
     from learner.app import Parts as LearnerParts
-    from learner.joining import Joiner, JoinTopics
-    from learner.online import EncoderShelf, OnlineLearner
-    from learner.trainer import Course, Trainer, Triggers
-    from monitoring.drift import DriftMonitor
-    from replay.store import LearnerStore
     from stream.lookback import Lookback
 
-    device = device_of(settings.learner.device)
     make_parent(settings.learner.store)
-    store = LearnerStore(
-        settings.learner.store,
-        {name: stream.replay for name, stream in settings.streams.items()},
-        settings.learner.memory,
-    )
-    registry = open_registry(settings)
-    epoch = store.claim(settings.learner.member_id or f"{socket.gethostname()}-{os.getpid()}", utc_now())
-    shelf = EncoderShelf(registry, device)
+    learning = build_learning(settings, metrics, learn, Lookback(settings.kafka.confluent()))
     topics = settings.topics
-    learners = {
-        name: OnlineLearner(
-            plan_of(settings, name, device), store, registry, shelf, epoch, topics.name("model_versions"), metrics
-        )
-        for name in settings.streams
-    }
-    for learner in learners.values():
-        learner.open(utc_now())
-    drift = {name: DriftMonitor(stream.drift) for name, stream in settings.streams.items()}
-    joiner = Joiner(
-        store,
-        epoch,
-        Decoder(rules(settings), lambda kind, count: metrics.unknown_fields.labels(kind).inc(count)),
-        Lookback(settings.kafka.confluent()),
-        learners,
-        drift,
-        JoinTopics(topics.name("predictions"), topics.name("labels"), topics.name("dead_letters")),
-        {name: stream.labellers for name, stream in settings.streams.items()},
-        metrics,
-        utc_now,
-    )
     reader = KafkaReader(
         settings.kafka.confluent(),
         group,
         [topics.name("predictions"), topics.name("labels")],
         settings.learner.batches,
         settings.learner.member_id,
-        joiner.starts,
+        learning.joiner.starts,
+    )
+    outbox = Outbox(learning.store, learning.epoch, settings.kafka.confluent())
+    budgets = {name: stream.forgetting_budget for name, stream in settings.streams.items()}
+    return LearnerParts(
+        reader,
+        learning.joiner,
+        learning.learners,
+        learning.trainer,
+        learning.drift,
+        learning.store,
+        learning.registry,
+        outbox,
+        learning.epoch,
+        budgets,
+    )
+
+
+@dataclass(frozen=True)
+class Learning:
+    """All of a learner but its connection to Kafka."""
+
+    store: LearnerStore
+    registry: Registry
+    epoch: int
+    learners: Mapping[str, OnlineLearner]
+    drift: Mapping[str, DriftMonitor]
+    joiner: Joiner
+    trainer: Trainer
+
+
+def build_learning(
+    settings: Settings,
+    metrics: Metrics,
+    learn: Callable[[Callable[[], Any]], Future[Any]],
+    lookback: EventLog,
+    *,
+    shelf: Callable[[Registry, str], EncoderShelf] | None = None,
+    clock: Callable[[], datetime] = utc_now,
+) -> Learning:
+    """What a learner is made of, opened and ready for its first batch.
+
+    Args:
+        learn: runs a function on the thread that owns all that learns.
+        lookback: reads events back.
+        shelf: makes the place where encoders lie ready; `EncoderShelf` when not given.
+        clock: the time, in UTC.
+    """
+    from learner.joining import Joiner, JoinTopics
+    from learner.online import EncoderShelf, OnlineLearner
+    from learner.trainer import Course, Trainer, Triggers
+    from monitoring.drift import DriftMonitor
+    from replay.store import LearnerStore
+
+    device = device_of(settings.learner.device)
+    store = LearnerStore(
+        settings.learner.store,
+        {name: stream.replay for name, stream in settings.streams.items()},
+        settings.learner.memory,
+    )
+    registry = open_registry(settings)
+    epoch = store.claim(settings.learner.member_id or f"{socket.gethostname()}-{os.getpid()}", clock())
+    encoders = (shelf or EncoderShelf)(registry, device)
+    topics = settings.topics
+    learners = {
+        name: OnlineLearner(
+            plan_of(settings, name, device), store, registry, encoders, epoch, topics.name("model_versions"), metrics
+        )
+        for name in settings.streams
+    }
+    for learner in learners.values():
+        learner.open(clock())
+    drift = {name: DriftMonitor(stream.drift) for name, stream in settings.streams.items()}
+    joiner = Joiner(
+        store,
+        epoch,
+        Decoder(rules(settings), lambda kind, count: metrics.unknown_fields.labels(kind).inc(count)),
+        lookback,
+        learners,
+        drift,
+        JoinTopics(topics.name("predictions"), topics.name("labels"), topics.name("dead_letters")),
+        {name: stream.labellers for name, stream in settings.streams.items()},
+        metrics,
+        clock,
     )
     courses = {
         name: Course(stream.kind, stream.finetune, stream.exam, Triggers(**stream.triggers.model_dump()))
@@ -213,12 +268,10 @@ def _learner_parts(
         settings.learner.jobs.resolve(),
         learn,
         metrics,
-        utc_now,
+        clock,
         settings.learner.device,
     )
-    outbox = Outbox(store, epoch, settings.kafka.confluent())
-    budgets = {name: stream.forgetting_budget for name, stream in settings.streams.items()}
-    return LearnerParts(reader, joiner, learners, trainer, drift, store, registry, outbox, epoch, budgets)
+    return Learning(store, registry, epoch, learners, drift, joiner, trainer)
 
 
 def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Protocol
 
 from learner.encoders import payload
 from learner.online import OnlineLearner
@@ -25,7 +26,6 @@ from stream.batches import Batch, Partition
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Label, Place, Prediction, Record
 from stream.join import Change, EventKey, Joined, join, touched
-from stream.lookback import Lookback
 from stream.worker import dead_letter, known_stream
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,14 @@ class JoinTopics:
     predictions: str
     labels: str
     dead_letters: str
+
+
+class EventLog(Protocol):
+    """Where events are read back from; `stream.lookback.Lookback` is the one over Kafka."""
+
+    def read(self, places: Iterable[Place]) -> dict[Place, Record]:
+        """The records at `places`; those that are no longer held are absent."""
+        ...
 
 
 class Joiner:
@@ -61,7 +69,7 @@ class Joiner:
         store: LearnerStore,
         epoch: int,
         decoder: Decoder,
-        lookback: Lookback,
+        lookback: EventLog,
         learners: Mapping[str, OnlineLearner],
         drift: Mapping[str, DriftMonitor],
         topics: JoinTopics,

@@ -210,9 +210,13 @@ class Trainer:
         while not self._stop.is_set():
             self._wake.wait(1.0)
             self._wake.clear()
-            for stream in list(self.courses):
-                if not self._stop.is_set() and self._take(stream):
-                    self._run(stream)
+            self.run_requested()
+
+    def run_requested(self) -> None:
+        """Carry out, one after another, the fine-tunes asked for; on a thread other than the one that learns."""
+        for stream in list(self.courses):
+            if not self._stop.is_set() and self._take(stream):
+                self._run(stream)
 
     def _take(self, stream: str) -> bool:
         course = self.courses[stream]
