@@ -193,7 +193,12 @@ def test_every_metric_of_the_dashboard_and_the_rules_is_exposed(deployment: Depl
     # One that is only there once something unusual happened.
     rare = {"trimtab_unknown_fields_total", "trimtab_refused_versions_total"}
     assert wanted - names_exposed(deployment) <= rare
-    assert recorded <= {series["metric"]["__name__"] for series in prometheus.query('{__name__=~"trimtab:.+"}')}
+
+    def unrecorded() -> set[str]:
+        return recorded - {series["metric"]["__name__"] for series in prometheus.query('{__name__=~"trimtab:.+"}')}
+
+    # Rules are computed every 15 s, so what came last may not have been there when they were computed last.
+    until(lambda: not unrecorded(), seconds=60)
 
 
 def series(prometheus: Prometheus, query: PanelQuery) -> list[dict[str, Any]]:
