@@ -47,6 +47,8 @@ LABEL_OUTCOMES = (
     "repeated",
     "waiting",
     "too_late",
+    "correction_too_late",
+    "forgotten",
     "forwarded",
     "quarantined",
     "disagreed",
