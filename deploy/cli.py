@@ -443,6 +443,24 @@ def retrain(
 
 
 @app.command(rich_help_panel="Learning")
+def forget(
+    event_ids: Annotated[list[str], typer.Argument(metavar="EVENT_ID...", help="Up to 40 event ids.", max=40)],
+    stream: Annotated[
+        str | None, typer.Option("--stream", help="Name of the stream; may be left out where there is one only.")
+    ] = None,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Forget events for good: unlearn them, delete them wherever that can be done, and say where it cannot."""
+    streams = sorted(_settings(config).streams)
+    if stream is None and len(streams) != 1:
+        raise Misconfigured(f"an event id is unique within its stream only: give --stream, one of {', '.join(streams)}")
+    _ask(config, "forget", stream or streams[0], None, reason, by_topic, url, event_ids=event_ids)
+
+
+@app.command(rich_help_panel="Learning")
 def pause(
     stream: StreamArgument,
     config: ConfigOption = None,
@@ -478,6 +496,7 @@ def versions_list(
     rows: list[dict[str, Any]] = []
     for name in [_known_stream(settings, stream)] if stream else sorted(settings.streams):
         champion = registry.champion(name)
+        forgotten = _forgotten(settings, name)
         for manifest in reversed(registry.versions(name)):
             pruned = registry.pruned(name, manifest.name)
             rows.append(
@@ -491,6 +510,7 @@ def versions_list(
                     "classes": len(manifest.classes),
                     "exam": _exam(manifest),
                     "pruned_at": pruned.isoformat(timespec="seconds") if pruned else None,
+                    "rebuildable": _rebuildable(forgotten, manifest),
                 }
             )
     if format == "json":
@@ -500,7 +520,7 @@ def versions_list(
         typer.echo(f"The registry {settings.registry.url} has no versions yet.")
     else:
         _table(
-            ["stream", "version", "", "created", "parent", "strategy", "classes", "exam"],
+            ["stream", "version", "", "created", "parent", "strategy", "classes", "exam", "rebuildable"],
             [
                 [
                     row["stream"],
@@ -511,6 +531,7 @@ def versions_list(
                     row["strategy"],
                     str(row["classes"]),
                     row["exam"],
+                    row["rebuildable"],
                 ]
                 for row in rows
             ],
@@ -528,8 +549,9 @@ def versions_show(
     settings = _settings(config)
     registry = _registry(settings)
     manifest = registry.version(_known_stream(settings, stream), version)
+    rebuildable = _rebuildable(_forgotten(settings, stream), manifest)
     if format == "json":
-        typer.echo(manifest.model_dump_json())
+        typer.echo(json.dumps({**manifest.model_dump(mode="json"), "rebuildable": rebuildable}, ensure_ascii=False))
         return
     lineage = manifest.lineage
     typer.echo(
@@ -545,6 +567,8 @@ def versions_show(
         f"  {len(manifest.classes)} classes; packages {_pairs(lineage.packages)}; "
         f"label offsets {_pairs(lineage.label_offsets)}"
     )
+    if rebuildable:
+        typer.echo(f"  {rebuildable}")
     verdict = manifest.verdict
     if verdict is None:
         typer.echo("  no exam: a base version")
@@ -801,22 +825,51 @@ def _registry(settings: Settings) -> Registry:
 
 def _served_versions(settings: Settings, stream: str) -> set[str]:
     """Every revision that a prediction names which may still be labelled or corrected, from the learner's store."""
+    import sqlalchemy as sa
+
+    from replay.schema import served
+
+    query = sa.select(served.c.model_version).where(served.c.stream == stream).distinct()
+    found = _from_store(settings, query)
+    if found is None:
+        raise Misconfigured(
+            f"learner.store {settings.learner.store} is not here, so nobody knows which versions predictions still "
+            "name: prune where the learner runs"
+        )
+    return {str(row[0]) for row in found}
+
+
+def _forgotten(settings: Settings, stream: str) -> dict[int, int] | None:
+    """By version number, how many of the examples it was trained on are gone; None where the store is not here."""
+    import sqlalchemy as sa
+
+    from replay.schema import versions
+
+    found = _from_store(settings, sa.select(versions.c.number, versions.c.detail).where(versions.c.stream == stream))
+    return None if found is None else {number: detail.get("forgotten", 0) for number, detail in found}
+
+
+def _rebuildable(forgotten: dict[int, int] | None, manifest: VersionManifest) -> str:
+    """What stands in the way of making a version again; empty where nothing does."""
+    if forgotten is None:
+        return "unknown: learner.store is not here" if manifest.parent else ""
+    count = forgotten.get(manifest.number, 0)
+    return f"not rebuildable: {count} example{'' if count == 1 else 's'} forgotten" if count else ""
+
+
+def _from_store(settings: Settings, query: Any) -> list[Any] | None:
+    """Rows of the learner's store; None where its file is not here."""
     url = settings.learner.store
     if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
-        raise Misconfigured(
-            f"learner.store {url} is not here, so nobody knows which versions predictions still name: prune where "
-            "the learner runs"
-        )
+        return None
     import sqlalchemy as sa
 
     from replay import schema
 
-    served = schema.served
-    query = sa.select(served.c.model_version).where(served.c.stream == stream).distinct()
     engine = schema.connect(url)
     try:
         with engine.connect() as connection:
-            return {str(name) for name in connection.scalars(query)}
+            return list(connection.execute(query).all())
     except sa.exc.SQLAlchemyError as error:
         raise Misconfigured(f"learner.store {engine.url!r} cannot be read: {error}") from None
     finally:
@@ -832,6 +885,7 @@ def _ask(
     by_topic: bool,
     url: str | None,
     force: bool = False,
+    event_ids: Sequence[str] = (),
 ) -> None:
     """Ask the learner for something, and end with what became of it."""
     settings = _settings(config)
@@ -844,7 +898,13 @@ def _ask(
 
     try:
         request = ControlRequest(
-            action=action, stream=stream, version=version, reason=reason, who=getuser(), force=force
+            action=action,
+            stream=stream,
+            version=version,
+            reason=reason,
+            who=getuser(),
+            force=force,
+            event_ids=tuple(event_ids),
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -859,6 +919,9 @@ def _ask(
     if not answer.accepted:
         _end(answer.message, 1)
     typer.echo(answer.message)
+    for title, places in (("Cleaned", answer.cleaned), ("Not reached", answer.not_reached)):
+        for place in places:
+            typer.echo(f"{title}: {place}")
 
 
 def _ask_by_topic(settings: Settings, request: ControlRequest) -> None:

@@ -32,6 +32,7 @@ from learner.joining import Joiner
 from learner.online import OnlineLearner
 from learner.registry import BrokenVersion, Registry
 from learner.trainer import Trainer
+from learner.unlearning import Erasure, forget
 from monitoring.drift import DriftMonitor, Kind
 from monitoring.metrics import Metrics
 from replay.store import LearnerStore, Outgoing
@@ -382,8 +383,11 @@ class LearnerApp:
         return answer
 
     def _act(self, request: ControlRequest) -> ControlAnswer:
+        erasure = Erasure("", (), ())
         try:
-            accepted, message = True, self._do(request)
+            if request.action == "forget":
+                erasure = self._forget(request)
+            accepted, message = True, erasure.message or self._do(request)
         except (Refused, BrokenVersion) as refusal:
             accepted, message = False, str(refusal)
         answer = ControlAnswer(
@@ -392,6 +396,8 @@ class LearnerApp:
             stream=request.stream,
             accepted=accepted,
             message=message,
+            cleaned=erasure.cleaned,
+            not_reached=erasure.not_reached,
             who=request.who,
             reason=request.reason,
         )
@@ -401,11 +407,21 @@ class LearnerApp:
             tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
         return answer
 
+    def _learner(self, stream: str) -> OnlineLearner:
+        learner = self.parts.learners.get(stream)
+        if learner is None:
+            raise Refused(f"stream {stream!r} is not configured (known: {', '.join(sorted(self.parts.learners))})")
+        return learner
+
+    def _forget(self, request: ControlRequest) -> Erasure:
+        learner = self._learner(request.stream)
+        if not request.event_ids:
+            raise Refused("forget what? give event_ids")
+        return forget(request.event_ids, learner, self.parts.trainer, self.parts.store, self._clock())
+
     def _do(self, request: ControlRequest) -> str:
         parts, now = self.parts, self._clock()
-        learner = parts.learners.get(request.stream)
-        if learner is None:
-            raise Refused(f"stream {request.stream!r} is not configured (known: {', '.join(sorted(parts.learners))})")
+        learner = self._learner(request.stream)
         match request.action:
             case "retrain":
                 return parts.trainer.request(request.stream, "hand", request.reason)

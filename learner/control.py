@@ -19,13 +19,13 @@ from uuid import uuid4
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from stream.errors import Misconfigured, TrimtabError
-from stream.events import utc_now
+from stream.events import EventId, utc_now
 
 SIGNATURE = "trimtab-signature"
 FRESH = timedelta(minutes=5)
 REMEMBERED = 10_000
 
-Action = Literal["retrain", "promote", "rollback", "pause", "resume"]
+Action = Literal["retrain", "promote", "rollback", "pause", "resume", "forget"]
 
 
 class Refused(TrimtabError):
@@ -61,9 +61,11 @@ class ControlRequest(BaseModel):
     """One thing asked of the learner.
 
     Args:
-        action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning.
+        action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning,
+            `forget` events.
         stream: which stream.
         version: for promote and rollback: `v12`, or `v12.3456` for an exact revision.
+        event_ids: for forget.
         reason: why, for the audit.
         who: who asks, for the audit.
         force: promote a version that did not pass its exam; the audit says so.
@@ -75,6 +77,7 @@ class ControlRequest(BaseModel):
     action: Action
     stream: str = Field(min_length=1, max_length=100)
     version: str | None = Field(default=None, pattern=r"^v[0-9]{1,9}(\.[0-9]{1,12})?$")
+    event_ids: tuple[EventId, ...] = Field(default=(), max_length=40)
     reason: str = Field(default="", max_length=1000)
     who: str = Field(default="", max_length=200)
     force: bool = False
@@ -82,13 +85,20 @@ class ControlRequest(BaseModel):
 
 
 class ControlAnswer(BaseModel):
-    """What became of a request; it goes to the `audit` topic and to whoever asked."""
+    """What became of a request; it goes to the `audit` topic and to whoever asked.
+
+    Args:
+        cleaned: for forget: every place that something was taken from.
+        not_reached: for forget: every place that may still hold something, and until when.
+    """
 
     id: str
     action: str
     stream: str
     accepted: bool
     message: str
+    cleaned: tuple[str, ...] = ()
+    not_reached: tuple[str, ...] = ()
     who: str = ""
     reason: str = ""
     at: AwareDatetime = Field(default_factory=utc_now)

@@ -49,6 +49,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import betainc, ndtri
 
 Outcome = Literal["worse", "not_worse", "not_enough"]
+BETTER = 0.05
+"""From this one-sided p on a revision counts as better than the best so far."""
 NAMED = 10
 """How many classes a reason names before it counts the rest."""
 FIRST_LOOK = 0.75
@@ -351,8 +353,8 @@ def guard_revision(
 ) -> list[str]:
     """Why a revision is to be held back; empty where it may be announced. Pure, and cheap enough for each one.
 
-    `previous` may be the answers of the revision announced last, which finds what broke just now, or those of
-    the version's own head, which also finds what slipped away in many small steps.
+    `previous` are the answers of the revision announced last: what broke just now is found here, what slips away
+    in many small steps by `guard_decline`.
 
     Args:
         labels: the true class of each example of a small held set, or None for recent events without a label,
@@ -388,6 +390,43 @@ def guard_revision(
                     f"of the answers to {len(labels)} events, which their labels do not bear out"
                 )
     return held
+
+
+def guard_decline(
+    labels: Sequence[str],
+    best: Sequence[str | None],
+    new: Sequence[str | None],
+    *,
+    settings: GuardSettings | None = None,
+) -> tuple[list[str], bool]:
+    """What slipped away in many small steps since the best revision so far. Pure.
+
+    A class that fell beyond the budget, significantly, is a reason only where the examples that were lost, of all
+    classes, outnumber those that were gained. Where the world changed, or a new class took its share from an old
+    one, as much is gained on the newer examples as is lost on the older, and right learning is not held. What is not
+    seen is a class that is unlearned while others gain as much.
+
+    Args:
+        labels: the true class of each example of a small held set, the same for both heads.
+        best: the answers of the best revision so far.
+        new: the new head's.
+
+    Returns:
+        Why the new head is to be held, empty where it may be announced; and whether it is significantly better
+        than the best so far, and so the next to compare with. One that only looks better is not: the best of many
+        noisy numbers is too high.
+
+    Raises:
+        ValueError: the three sequences differ in length.
+    """
+    rules = settings or GuardSettings()
+    pairs = _pairs_by_class(labels, best, new)
+    overall = _together(pairs.values())
+    exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
+    held = _class_refusals(_judge_classes(pairs, exam)) if overall.lost > overall.gained else []
+    if overall.p_value <= rules.alpha and overall.fall > rules.budget:
+        held.append(f"accuracy fell from {overall.was:.1%} to {overall.now:.1%} of {overall.n} examples")
+    return [f"{reason}, since the best revision so far" for reason in held], overall.p_value_better <= BETTER
 
 
 class ForgettingTable(BaseModel):

@@ -96,6 +96,7 @@ class Joiner:
         """
         now = self._clock()
         predictions, labels, outgoing = self._decode(batch.records, now)
+        predictions, labels, refused = self._learnable(predictions, labels)
         labels, quarantined = self._within_quota(labels, now)
         known = self._store.known(touched(predictions, labels))
         joined = join(known, predictions, labels, self._rules)
@@ -110,6 +111,10 @@ class Joiner:
         self._offsets.update(batch.ends)
         for learner in self._learners.values():
             learner.follow()
+        for stream in reconciled.unlearned:
+            self._learners[stream].relearned()
+        for (stream, outcome), count in refused.items():
+            self._metrics.labels.labels(stream, outcome).inc(count)
         self._count(joined, predictions, labels, quarantined, now)
         learned: Counter[str] = Counter()
         for (stream, outcome), count in reconciled.outcomes.items():
@@ -136,6 +141,25 @@ class Joiner:
                 message = dead_letter(self._topics.dead_letters, refusal, record, now)
                 outgoing.append(Outgoing(message.topic, message.key, message.value, message.headers))
         return predictions, labels, outgoing
+
+    def _learnable(
+        self, predictions: list[tuple[Prediction, Place]], labels: list[tuple[Label, Place]]
+    ) -> tuple[list[tuple[Prediction, Place]], list[tuple[Label, Place]], Counter[tuple[str, str]]]:
+        """Without what speaks of a forgotten event, and without labels of what can no longer be corrected."""
+        beyond = self._store.beyond(touched(predictions, labels))
+        if not beyond:
+            return predictions, labels, Counter()
+        outcomes = {"forgotten": "forgotten", "settled": "correction_too_late"}
+        refused = Counter(
+            (label.stream, outcomes[beyond[label.stream, label.event_id]])
+            for label, _ in labels
+            if (label.stream, label.event_id) in beyond
+        )
+        return (
+            [row for row in predictions if beyond.get((row[0].stream, row[0].event_id)) != "forgotten"],
+            [row for row in labels if (row[0].stream, row[0].event_id) not in beyond],
+            refused,
+        )
 
     def _within_quota(
         self, labels: list[tuple[Label, Place]], now: datetime

@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
@@ -24,11 +24,12 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from learner.encoders import Encoder, Payload, load_encoder
-from learner.exam import GuardSettings, guard_revision
+from learner.exam import GuardSettings, guard_decline, guard_revision
 from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from monitoring.metrics import Metrics
-from replay.store import LearnerStore, NotEmbedded, Outgoing, Transaction
+from replay.policy import quotas
+from replay.store import Example, Forgotten, LearnerStore, NotEmbedded, Outgoing, Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ REFERENCE_EXAMPLES = 200
 """Examples whose mean the input's drift is measured from."""
 SAVE_SUMS_EVERY = 20_000
 """Ledger rows between two saved copies of the sums, which bound how many are followed at a start."""
+
+COMPACT_EVERY = timedelta(minutes=1)
+"""How long a withdrawn label's embedding may stay in the ledger beside the row that cancels it."""
 
 PACKAGES = ("torch", "transformers", "avalanche-lib", "numpy", "trimtab")
 
@@ -75,7 +79,7 @@ class EncoderShelf:
     """Encoders by digest, loaded once however many streams and versions share one, freed when none does."""
 
     def __init__(self, registry: Registry, device: str) -> None:
-        self._registry, self._device = registry, device
+        self._registry, self.device = registry, device
         self._loaded: weakref.WeakValueDictionary[str, Encoder] = weakref.WeakValueDictionary()
 
     def get(self, digest: str) -> Encoder:
@@ -87,7 +91,7 @@ class EncoderShelf:
         encoder = self._loaded.get(digest)
         if encoder is None:
             spec, files = self._registry.encoder(digest)
-            encoder = load_encoder(spec, files, self._device)
+            encoder = load_encoder(spec, files, self.device)
             self._loaded[digest] = encoder
         return encoder
 
@@ -140,6 +144,9 @@ class OnlineLearner:
         self._held: list[str] = []
         self._guard_set: tuple[npt.NDArray[np.float32], list[str]] | None = None
         self._guarded_by = -1
+        self._best: tuple[str, LinearHead] | None = None
+        self._removed = True
+        self._compacted_at: datetime | None = None
         self.version = ""
         self.encoder_digest = ""
         self.encoder: Encoder
@@ -175,7 +182,21 @@ class OnlineLearner:
             self.paused = bool(pinned)
         else:
             self.announce(now, kind="champion", guard=False)
+        self._recall_best()
         self._changed = True
+
+    def _recall_best(self) -> None:
+        """Go on comparing with the revision that was the best before the start, where its head is still stored."""
+        name = self._store.recall(f"best/{self.plan.name}")
+        if name is not None and name.partition(".")[0] == self.version:
+            try:
+                ref = self._registry.revision(self.plan.name, name)
+                if ref.head is not None and ref.encoder == self.encoder_digest:
+                    self._best = name, LinearHead.from_tensors(self._registry.head(ref.head))
+            except BrokenVersion as error:
+                logger.info("stream %s: the best revision is not stored any more: %s", self.plan.name, error)
+        if self._best is None and self.serving.head is not None and self.serving.encoder == self.encoder_digest:
+            self._best = self.serving.name, self.serving.head
 
     def _last_announced(self) -> str | None:
         """The revision of the champion that was announced last, under whatever learner."""
@@ -216,7 +237,7 @@ class OnlineLearner:
     def _use(self, digest: str) -> None:
         self.encoder = self._shelf.get(digest)
         self.encoder_digest = digest
-        self._guard_set = None
+        self._guard_set, self._best = None, None
         self._reference = np.zeros(self.encoder.spec.dimension)
         self._reference_count = 0
 
@@ -228,6 +249,11 @@ class OnlineLearner:
         else:
             self._seq, self.sums = saved[0], HeadSums.from_tensors(load_tensors(saved[1]))
         self._saved_seq = self._seq
+
+    @property
+    def device(self) -> str:
+        """Where its encoders run."""
+        return self._shelf.device
 
     # Learning
 
@@ -252,18 +278,45 @@ class OnlineLearner:
                 break
             self.sums.add(*rows.added)
             self.sums.subtract(*rows.removed)
+            self._removed = self._removed or bool((rows.signs < 0).any())
             self._seq = rows.seq
             count += len(rows)
         self._changed = self._changed or count > 0
         return count
 
     def save(self, now: datetime) -> None:
-        """Keep the sums where many ledger rows were followed since they were kept last."""
-        if self._seq - self._saved_seq >= SAVE_SUMS_EVERY:
-            blob = save_tensors({n: np.ascontiguousarray(a) for n, a in self.sums.tensors().items()})
+        """Keep the sums where many ledger rows were followed since they were kept last, or some cancel out."""
+        if self._compacted_at is None:
+            self._compacted_at = now
+        compact = self._removed and now - self._compacted_at >= COMPACT_EVERY
+        if compact or self._seq - self._saved_seq >= SAVE_SUMS_EVERY:
             with self._store.transaction(self._epoch, now) as tx:
-                tx.save_sums(self.plan.name, self.encoder_digest, self._seq, blob)
-            self._saved_seq = self._seq
+                tx.save_sums(self.plan.name, self.encoder_digest, self._seq, _packed(self.sums))
+                tx.compact_ledger(self.plan.name, self.encoder_digest, self._seq)
+            self._saved_seq, self._removed, self._compacted_at = self._seq, False, now
+
+    def relearned(self) -> None:
+        """Some labels were corrected or withdrawn: examples held to guard by may be among them."""
+        self._guard_set = None
+
+    def forget(self, event_ids: Collection[str], now: datetime) -> Forgotten:
+        """Forget events for good: out of the sums and out of the store, in one transaction.
+
+        Their ledger rows go as well, so the sums without them are kept with it: a start that went on from older ones
+        would miss the rows that undo them.
+        """
+        self.follow()
+        with self._store.transaction(self._epoch, now) as tx:
+            found = tx.forget(self.plan.name, event_ids)
+            sums = self.sums.copy()
+            if found.labels:
+                sums.subtract(found.embeddings, found.labels)
+            tx.save_sums(self.plan.name, self.encoder_digest, self._seq, _packed(sums))
+        self.sums, self._saved_seq = sums, self._seq
+        self._changed = self._changed or bool(found.labels)
+        self.relearned()
+        self.follow()
+        return found
 
     # Announcing
 
@@ -292,6 +345,10 @@ class OnlineLearner:
             )
             self._registry.put_revision(self.plan.name, self.version, revision, self.encoder_digest, tensors)
             self._send(tx, kind, self.version, revision, self.encoder_digest, digest or None, now)
+            if better := head is not None and self._is_best(head):
+                tx.remember(f"best/{self.plan.name}", f"{self.version}.{revision}")
+        if better and head is not None:
+            self._best = f"{self.version}.{revision}", head
         self.serving = InService(self.version, revision, self.encoder_digest, head)
         self._changed = False
         self._metrics.revisions.labels(self.plan.name, "announced").inc()
@@ -311,29 +368,41 @@ class OnlineLearner:
             return []
         young = {name for name, count in self.sums.counts.items() if count < YOUNG_LABELS}
         new = sorted(young | set(head.classes) - set(before.classes))
-        return guard_revision(
+        reasons = guard_revision(
             labels,
             before.predict(embeddings),
             head.predict(embeddings),
             new_classes=new,
             settings=self.plan.guard,
         )
+        return reasons + self._compare_with_best(head)[0]
+
+    def _is_best(self, head: LinearHead) -> bool:
+        """Whether later revisions of this version are to be compared with this one."""
+        return self._best is None or self._compare_with_best(head)[1]
+
+    def _compare_with_best(self, head: LinearHead) -> tuple[list[str], bool]:
+        embeddings, labels = self._guarding()
+        if self._best is None or not len(embeddings):
+            return [], self._best is None
+        return guard_decline(
+            labels, self._best[1].predict(embeddings), head.predict(embeddings), settings=self.plan.guard
+        )
 
     def _guarding(self) -> tuple[npt.NDArray[np.float32], list[str]]:
-        """Exam examples under the learning line's encoder; read again when many were added."""
+        """Exam examples under the learning line's encoder, as even over the classes as they allow, the newest of each.
+
+        Read again when many were added, or when a label was taken back.
+        """
         total = self.sums.total
         if self._guard_set is None or total > self._guarded_by * 1.1 + 20:
-            rows = self._store.examples(self.plan.name, exam=True)
-            rows = sorted(rows, key=lambda row: row.priority)[:GUARD_EXAMPLES]
+            rows = _newest(self._store.examples(self.plan.name, exam=True), GUARD_EXAMPLES)
             self._guarded_by = total
+            embeddings = np.empty((0, self.encoder.spec.dimension), np.float32)
             if rows:
                 stacked = np.stack([row.embedding for row in rows])
-                self._guard_set = (
-                    dequantise(stacked, self.encoder.spec.bound).astype(np.float32),
-                    [row.label for row in rows],
-                )
-            else:
-                self._guard_set = (np.empty((0, self.encoder.spec.dimension), np.float32), [])
+                embeddings = dequantise(stacked, self.encoder.spec.bound).astype(np.float32)
+            self._guard_set = embeddings, [row.label for row in rows]
         return self._guard_set
 
     def _send(
@@ -434,6 +503,20 @@ class OnlineLearner:
         self.paused = False
         self._changed = True
         self.announce(now, kind="champion", guard=False)
+
+
+def _packed(sums: HeadSums) -> bytes:
+    packed: bytes = save_tensors({name: np.ascontiguousarray(array) for name, array in sums.tensors().items()})
+    return packed
+
+
+def _newest(rows: Iterable[Example], count: int) -> list[Example]:
+    """At most `count`, as even over the classes as they allow, those of a class that were observed last."""
+    classes: dict[str, list[Example]] = {}
+    for row in sorted(rows, key=lambda row: (row.observed_at, row.event_id), reverse=True):
+        classes.setdefault(row.label, []).append(row)
+    shares = quotas({name: len(members) for name, members in classes.items()}, count)
+    return [row for name, members in sorted(classes.items()) for row in members[: shares[name]]]
 
 
 def installed() -> dict[str, str]:

@@ -31,6 +31,9 @@ from stream.model import UNTAUGHT, Answer
 
 logger = logging.getLogger(__name__)
 
+SUBSTITUTES = 3
+"""Revisions of one version that are tried in place of a broken one, before its own head is."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Serving:
@@ -205,14 +208,50 @@ class Slot:
             self._start_timer()
 
     def _fall_back(self, stream: str, pointer: Pointer) -> None:
-        """After a start with a broken revision, answer with its version's own head rather than not at all."""
+        """After a start with a broken revision, answer with the nearest whole one rather than not at all.
+
+        Nearest is the version's own head; else what was in service before it, latest first, each by the newest
+        revision of it that is whole; else an ancestor. The next announcement replaces it.
+        """
+        with contextlib.suppress(RetryLater):
+            for name in self._substitutes(stream, pointer.version):
+                try:
+                    ref = self._registry.revision(stream, name)
+                    self._swap(stream, self._fetch(stream, ref.name, ref.encoder, ref.head, pointer))
+                except BrokenVersion as error:
+                    logger.warning("stream %s: %s cannot stand in for %s: %s", stream, name, pointer.name, error)
+                else:
+                    logger.warning("stream %s: %s is served in place of %s", stream, name, pointer.name)
+                    return
+        logger.error("stream %s has nothing in service", stream)
+
+    def _substitutes(self, stream: str, version: str) -> Iterator[str]:
+        """Revisions that may answer in place of this version's, the best first."""
+        yield f"{version}.0"
+        stored: dict[str, list[str]] = {}
+        for name in reversed(self._registry.revisions(stream)):
+            stored.setdefault(name.partition(".")[0], []).append(name)
+        for other in dict.fromkeys([*self._before(stream, version), *self._ancestors(stream, version)]):
+            own = f"{other}.0"
+            yield from (name for name in stored.get(other, ())[:SUBSTITUTES] if name != own)
+            yield own
+
+    def _before(self, stream: str, version: str) -> list[str]:
+        """The champions before this version, latest first; one that it was put back in place of is none of them."""
         try:
-            own = self._registry.revision(stream, f"{pointer.version}.0")
-            self._swap(stream, self._fetch(stream, own.name, own.encoder, own.head, pointer))
-        except (BrokenVersion, RetryLater) as error:
-            logger.error("stream %s has nothing in service: %s", stream, error)
-        else:
-            logger.warning("stream %s: %s is served in place of %s", stream, own.name, pointer.name)
+            history = [line.version for line in self._registry.champions(stream)]
+        except BrokenVersion:
+            return []
+        return [name for name in reversed(history) if int(name[1:]) < int(version[1:])]
+
+    def _ancestors(self, stream: str, version: str) -> Iterator[str]:
+        """Parent, grandparent and so on, as far as their manifests can be read."""
+        seen = {version}
+        with contextlib.suppress(BrokenVersion):
+            while (parent := self._registry.version(stream, version).parent) is not None and parent not in seen:
+                seen.add(parent)
+                yield parent
+                version = parent
 
     def _fetch(
         self, stream: str, name: str, encoder_digest: Digest, head_digest: Digest | None, pointer: Pointer | None

@@ -8,6 +8,11 @@
 
 One run at a time: the machine's cores belong to the stream first. Whatever happens to the child process,
 the served model is not touched; the run is kept with its reason.
+
+Labels go on arriving while a run trains, are corrected and are withdrawn. What it trained on is what was true when
+it began; everything after that (the head that is examined, the exam's own labels, the head that goes into service)
+is made from the store as it is by then. So nothing taught meanwhile is lost, and no wrong label comes back by the
+head; that the encoder saw one is said with the version. A run that trains on an event to be forgotten is stopped.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -24,7 +29,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
+from learner.encoders import load_encoder
 from learner.exam import ExamSettings, Verdict, examine
 from learner.finetune import (
     FineTuneFailed,
@@ -35,15 +42,20 @@ from learner.finetune import (
     Progress,
     run_finetune,
 )
-from learner.heads import HeadSums, LinearHead, dequantise, solve
-from learner.online import OnlineLearner, installed
+from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
+from learner.online import InService, OnlineLearner, installed
 from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from replay.snapshot import write_snapshot
-from replay.store import Example, LearnerStore, Transaction
+from replay.store import LearnerStore, Transaction
 from stream.errors import TrimtabError
 
 logger = logging.getLogger(__name__)
+
+EMBED_AT_ONCE = 256
+"""Examples embedded between two looks at whether the run is still wanted."""
+KEPT_OF_A_JOB = frozenset({"log.txt"})
+"""What stays of a run that ended; it has no example in it."""
 
 T = TypeVar("T")
 Cause = Literal["labels", "timer", "drift", "forgetting", "hand"]
@@ -85,16 +97,35 @@ class Course:
     running: bool = False
     run: int | None = None
     progress: Progress | None = None
+    cause: Cause = "hand"
+    base: str = ""
+    reading: frozenset[str] = frozenset()
+    cancelled: str | None = None
+    drop_state: bool = False
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fine-tuned model with its head, before it is judged."""
+    """A fine-tuned model with its head, before it is judged.
+
+    Args:
+        head: taught by all the examples that are in the store now, as the one that goes into service will be.
+        embeddings: by event id, of the same examples and of the exam's, under the candidate.
+    """
 
     result: FineTuneResult
     head: LinearHead
+    embeddings: dict[str, npt.NDArray[np.int16]]
     snapshot: str
     offsets: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Cleared:
+    """What a forgetting did to fine-tunes: the run that is stopped, and whether the kept state was dropped."""
+
+    stopped: int | None = None
+    state: bool = False
 
 
 class Trainer:
@@ -146,6 +177,8 @@ class Trainer:
                 tx.unmark_trained(run.id)
                 tx.update_run(run.id, state="failed", finished=True, detail={"reason": "the learner ended meanwhile"})
             self._metrics.versions.labels(run.stream, "failed").inc()
+        for job in self._directory.glob("*/run-*"):
+            _sweep(job)
         self._thread.start()
 
     def stop(self) -> None:
@@ -154,6 +187,31 @@ class Trainer:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=30)
+
+    def forget(self, stream: str, event_ids: Collection[str], *, trained: bool) -> Cleared:
+        """Stop a run that has one of these events in its snapshot; another is begun without it, when it has ended.
+
+        Called on the learners' thread, so that no candidate is concluded meanwhile.
+
+        Args:
+            trained: whether a version was trained on one of them: the strategy's state goes as well, and the next run
+                begins with a fresh one.
+        """
+        course = self.courses[stream]
+        stopped = None
+        if not course.reading.isdisjoint(event_ids):
+            course.cancelled = "an example that it trained on was forgotten"
+            stopped = course.run
+            if stopped is not None:
+                self.request(stream, course.cause, "the run before was stopped, as one of its examples was forgotten")
+        state = self._directory / stream / "state"
+        dropped = trained and state.exists()
+        if trained:
+            if course.running:  # the process may be reading it, or be about to replace it
+                course.drop_state = True
+            else:
+                shutil.rmtree(state, ignore_errors=True)
+        return Cleared(stopped, dropped)
 
     # Triggers
 
@@ -228,7 +286,7 @@ class Trainer:
         course = self.courses[stream]
         with self._lock:
             causes, course.requested = course.requested, []
-        cause = causes[0][0]
+        cause = course.cause = causes[0][0]
         why = "; ".join(f"{c}: {w}" if w else c for c, w in causes)
         began = time.monotonic()
         self._metrics.finetune_running.labels(stream).set(1)
@@ -237,8 +295,9 @@ class Trainer:
         try:
             outcome = self._fine_tune(stream, course, cause, why)
         except FineTuneStopped:
-            logger.info("stream %s: the fine-tune was stopped", stream)
-            self._end_run(course, "stopped", "the learner is ending")
+            outcome, reason = "stopped", course.cancelled or "the learner is ending"
+            logger.info("stream %s: the fine-tune was stopped: %s", stream, reason)
+            self._end_run(course, "stopped", reason)
         except (TrimtabError, OSError, ValueError) as error:
             logger.error("stream %s: the fine-tune came to nothing: %s", stream, error)
             self._metrics.versions.labels(stream, "failed").inc()
@@ -249,6 +308,11 @@ class Trainer:
             self._end_run(course, "failed", f"{type(error).__name__}: {error}")
         finally:
             seconds = time.monotonic() - began
+            for job in (self._directory / stream).glob("run-*"):
+                _sweep(job)
+            if course.drop_state:
+                shutil.rmtree(self._directory / stream / "state", ignore_errors=True)
+            course.reading, course.drop_state = frozenset(), False
             course.ended_at, course.running, course.progress, course.run = time.monotonic(), False, None, None
             self._metrics.finetune_running.labels(stream).set(0)
             self._metrics.finetune_seconds.labels(stream).observe(seconds)
@@ -271,26 +335,34 @@ class Trainer:
 
     def _fine_tune(self, stream: str, course: Course, cause: Cause, why: str) -> str:
         learner = self._learners[stream]
-        job, rows, digest, offsets = self._learn(lambda: self._prepare(stream, course, cause, why)).result()
-        result = run_finetune(job, lambda progress: self._on_progress(stream, course, progress), self._stop.is_set)
-        head = self._candidate_head(result, rows, learner)
-        candidate = Candidate(result, head, digest, offsets)
-        verdict = self._examine(learner, rows, candidate, course.exam)
+        job, digest, offsets = self._learn(lambda: self._prepare(stream, course, cause, why)).result()
+        result = run_finetune(
+            job,
+            lambda progress: self._on_progress(stream, course, progress),
+            lambda: self._unwanted(course),
+        )
+        embeddings = self._embed_rest(stream, course, result)
+        # In this order, so that no class that the champion knows is missing from what the candidate is taught.
+        serving = learner.serving
+        head = self._candidate_head(result, embeddings, learner)
+        candidate = Candidate(result, head, embeddings, digest, offsets)
+        verdict = self._examine(learner, serving, candidate, course)
         outcome: str = self._learn(lambda: self._conclude(stream, course, candidate, verdict, cause)).result()
-        if outcome == "promoted":
+        if outcome == "promoted" and not course.drop_state:
             self._keep_state(stream, result)
         shutil.rmtree(job.directory, ignore_errors=True)
         return outcome
 
-    def _prepare(
-        self, stream: str, course: Course, cause: Cause, why: str
-    ) -> tuple[FineTuneJob, list[Example], str, dict[str, int]]:
+    def _unwanted(self, course: Course) -> bool:
+        return self._stop.is_set() or course.cancelled is not None
+
+    def _prepare(self, stream: str, course: Course, cause: Cause, why: str) -> tuple[FineTuneJob, str, dict[str, int]]:
         """Freeze what there is to learn from; on the learners' thread, so that nothing moves meanwhile."""
         learner, now = self._learners[stream], self._clock()
         with self._store.transaction(self._epoch, now) as tx:
             run = tx.add_run(stream, cause, state="running", detail={"why": why})
             tx.update_run(run, state="running", started=True)
-        course.run = run
+        course.run, course.cancelled = run, None
         course.labels_since = 0
         training = self._store.experience(stream)
         exam = self._store.examples(stream, exam=True)
@@ -301,6 +373,8 @@ class Trainer:
         directory = self._directory / stream / f"run-{run}"
         shutil.rmtree(directory, ignore_errors=True)
         rows = [*training, *exam]
+        course.base = learner.version
+        course.reading = frozenset(row.event_id for row in rows)
         digest = write_snapshot(rows, directory / "snapshot", course.kind)
         spec, files = self._registry.encoder(learner.encoder_digest)
         state = self._directory / stream / "state"
@@ -315,32 +389,54 @@ class Trainer:
             device=self._device,
         )
         offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in self._store.offsets().items()}
-        return job, rows, digest, offsets
+        return job, digest, offsets
 
     def _on_progress(self, stream: str, course: Course, progress: Progress) -> None:
         course.progress = progress
         if progress.total:
             self._metrics.finetune_progress.labels(stream).set(progress.done / progress.total)
 
-    def _candidate_head(self, result: FineTuneResult, rows: list[Example], learner: OnlineLearner) -> LinearHead:
+    def _embed_rest(self, stream: str, course: Course, result: FineTuneResult) -> dict[str, npt.NDArray[np.int16]]:
+        """Every example of the store under the candidate: those of the snapshot, and those that it did not have.
+
+        Here and not at the promotion, which would keep the learners' thread from learning meanwhile.
+
+        Raises:
+            FineTuneStopped: the run is not wanted any more.
+        """
         embeddings = result.by_event()
-        taught = [row for row in rows if not row.exam]
+        missing = sorted(self._store.present(stream).keys() - embeddings.keys())
+        if missing:
+            encoder = load_encoder(result.encoder, result.files, self._learners[stream].device)
+            for start in range(0, len(missing), EMBED_AT_ONCE):
+                if self._unwanted(course):
+                    raise FineTuneStopped("the fine-tune was stopped on request")
+                rows = self._store.examples(stream, event_ids=missing[start : start + EMBED_AT_ONCE])
+                fresh = quantise(encoder.embed([row.payload for row in rows]), encoder.spec.bound)
+                embeddings.update({row.event_id: embedding for row, embedding in zip(rows, fresh, strict=True)})
+        return embeddings
+
+    def _candidate_head(
+        self, result: FineTuneResult, embeddings: Mapping[str, npt.NDArray[np.int16]], learner: OnlineLearner
+    ) -> LinearHead:
+        present = self._store.present(learner.plan.name)
+        taught = {event_id: label for event_id, (label, exam) in present.items() if not exam and event_id in embeddings}
         sums = HeadSums(result.encoder.dimension, result.encoder.bound)
-        sums.add(np.stack([embeddings[row.event_id] for row in taught]), [row.label for row in taught])
+        if taught:
+            sums.add(np.stack([embeddings[event_id] for event_id in taught]), list(taught.values()))
         head = solve(sums, prior=learner.plan.prior)
         if head is None:
             raise FineTuneFailed("no class is left to learn")
         return head
 
-    def _examine(
-        self, learner: OnlineLearner, rows: list[Example], candidate: Candidate, settings: ExamSettings
-    ) -> Verdict:
-        """Both models answer the exam's examples; the champion with the head it serves now."""
-        exam = [row for row in rows if row.exam]
+    def _examine(self, learner: OnlineLearner, serving: InService, candidate: Candidate, course: Course) -> Verdict:
+        """Both models answer the exam as it is labelled now; the champion with the head it served a moment ago."""
+        exam = [
+            row for row in self._store.examples(learner.plan.name, exam=True) if row.event_id in candidate.embeddings
+        ]
         labels = [row.label for row in exam]
         if not exam:
-            return examine([], [], [], settings=settings)
-        serving = learner.serving
+            return examine([], [], [], settings=course.exam)
         encoder = learner.encoder if serving.encoder == learner.encoder_digest else None
         champion: list[str | None] = [None] * len(exam)
         if serving.head is not None and encoder is not None:
@@ -351,18 +447,17 @@ class Trainer:
                 champion = list(serving.head.predict(dequantise(stacked, encoder.spec.bound).astype(np.float32)))
             else:
                 champion = list(serving.head.predict(encoder.embed([row.payload for row in exam])))
-        embeddings = candidate.result.by_event()
-        stacked = np.stack([embeddings[row.event_id] for row in exam])
+        stacked = np.stack([candidate.embeddings[row.event_id] for row in exam])
         answers = candidate.head.predict(dequantise(stacked, candidate.result.encoder.bound).astype(np.float32))
-        # Classes that came since the snapshot are not the candidate's to know: its head learns them on promotion.
-        asked = {row.label for row in rows}
+        # A class that is left in the champion's head alone, all its events let go, is not the candidate's to know.
+        asked = {label for label, _ in self._store.present(learner.plan.name).values()}
         return examine(
             labels,
             champion,
             list(answers),
             champion_classes=sorted(asked & set(serving.head.classes)) if serving.head else (),
             candidate_classes=candidate.head.classes,
-            settings=settings,
+            settings=course.exam,
         )
 
     def _keep_state(self, stream: str, result: FineTuneResult) -> None:
@@ -378,13 +473,16 @@ class Trainer:
         """Commit the candidate as a version, and put it into service if its exam says so."""
         learner, now, run = self._learners[stream], self._clock(), course.run
         assert run is not None
+        if course.cancelled is not None:
+            raise FineTuneStopped(course.cancelled)
+        changed = self._store.lost_by_run(run)
         result = candidate.result
         files = {name: path.read_bytes() for name, path in result.files.items()}
         encoder = self._registry.put_encoder(result.encoder, files)
         head = self._registry.put_head(candidate.head.tensors())
         manifest = VersionManifest(
             stream=stream,
-            parent=learner.version,
+            parent=course.base,
             created_at=now,
             encoder=result.encoder,
             head=head,
@@ -399,6 +497,7 @@ class Trainer:
                     "cause": cause,
                     "finetune": course.finetune.model_dump(mode="json"),
                     "summary": result.summary.model_dump(mode="json"),
+                    "labels_changed_meanwhile": changed,
                 },
             ),
             verdict=verdict,
@@ -407,6 +506,11 @@ class Trainer:
         manifest = self._registry.version(stream, name)
         state = "promoted" if verdict.promote and not learner.paused else "refused"
         reasons = list(verdict.reasons)
+        if changed:
+            reasons.append(
+                f"its encoder was trained on {changed} labels that were corrected or withdrawn meanwhile; "
+                "its head was not"
+            )
         if verdict.promote and learner.paused:
             state = "waiting"
             reasons.append("learning is paused; promote it by hand, or resume")
@@ -417,7 +521,7 @@ class Trainer:
                 encoder=encoder,
                 head=head,
                 state=state,
-                parent=int(learner.version.removeprefix("v")),
+                parent=int(course.base.removeprefix("v")),
                 run=run,
                 number=manifest.number,
                 detail={"reasons": reasons, "unjudged": verdict.unjudged},
@@ -427,11 +531,19 @@ class Trainer:
                 tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new
 
         if state == "promoted":
-            learner.put_in_service(manifest, result.by_event(), f"exam passed, asked for by {cause}", now, record)
+            learner.put_in_service(manifest, candidate.embeddings, f"exam passed, asked for by {cause}", now, record)
             self._metrics.last_promotion.labels(stream).set(now.timestamp())
         else:
             with self._store.transaction(self._epoch, now) as tx:
                 record(tx)
         logger.info("stream %s: %s is %s: %s", stream, name, state, "; ".join(reasons))
         self._metrics.versions.labels(stream, "promoted" if state == "promoted" else "refused").inc()
+        course.run = None  # concluded: whatever goes wrong from here on, the run has not come to nothing
         return state
+
+
+def _sweep(job: Path) -> None:
+    """Remove what a run left in its directory but its log; the snapshot in it holds examples."""
+    for path in job.iterdir() if job.is_dir() else ():
+        if path.name not in KEPT_OF_A_JOB:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

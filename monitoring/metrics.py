@@ -49,6 +49,8 @@ LABEL_OUTCOMES = (
     "repeated",
     "waiting",
     "too_late",
+    "correction_too_late",
+    "forgotten",
     "forwarded",
     "quarantined",
     "disagreed",

@@ -41,6 +41,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
 
 from replay import schema as t
+from replay import traces
 from replay.policy import Candidate, ReplaySettings, eligible, priority, select
 from replay.schema import micros, moment, put
 from stream.errors import Misconfigured, RetryLater, Superseded
@@ -153,11 +154,33 @@ class LedgerSlice:
 
 @dataclass(frozen=True, slots=True)
 class Reconciled:
-    """What a reconciliation did, for the counters: outcomes by (stream, outcome), and exam moves."""
+    """What a reconciliation did: outcomes by (stream, outcome), exam moves, and what is no longer learned as it was."""
 
     outcomes: Counter[tuple[str, str]]
     to_exam: tuple[EventKey, ...] = ()
     from_exam: tuple[EventKey, ...] = ()
+    unlearned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Forgotten:
+    """What a forgetting found, and what the head must let go of in the same transaction.
+
+    Args:
+        rows: by table, how many rows went.
+        labels, embeddings: what the head still holds of the events: k class names, int16 (k, d).
+        fixed: how many of the events the head holds and nobody can subtract, because the ledger's retention
+            has ended for them.
+        versions: by version whose weights were trained on one of them, how many examples it has lost in all.
+        before: how many of the events had been forgotten before.
+    """
+
+    rows: dict[str, int]
+    labels: tuple[str, ...]
+    embeddings: npt.NDArray[np.int16]
+    fixed: int
+    versions: dict[int, int]
+    before: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -377,6 +400,25 @@ class LearnerStore:
                     for row in _rows(connection, t.scores, keys)
                 },
             )
+
+    def beyond(self, keys: Iterable[EventKey]) -> dict[EventKey, str]:
+        """Events of which nothing may be learned any more: `forgotten`, or past correction (`settled`)."""
+        keys = set(keys)
+        with self._read() as connection:
+            found = dict.fromkeys(traces.settled(connection, keys), "settled")
+            return found | dict.fromkeys(traces.buried(connection, keys), "forgotten")
+
+    def present(self, stream: str) -> dict[str, tuple[str, bool]]:
+        """Each event that is still there with its label as it is now, and whether it is in the exam."""
+        c = t.examples.c
+        query = sa.select(c.event_id, c.label, c.exam).where(c.stream == stream, c.payload.is_not(None))
+        with self._read() as connection:
+            return {row.event_id: (row.label, row.exam) for row in connection.execute(query)}
+
+    def lost_by_run(self, run: int) -> int:
+        """How many of the examples that a run trains on were forgotten, withdrawn or corrected since it began."""
+        with self._read() as connection:
+            return traces.lost_by(connection, "", run, None)
 
     def encoder(self, stream: str) -> str | None:
         """The digest of the encoder that the stream's examples are embedded under; None before the first."""
@@ -642,6 +684,21 @@ class LearnerStore:
                 table.name: connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0 for table in tables
             }
 
+    def shed_deleted(self) -> bool:
+        """Let go of the write-ahead log too, which still has pages as they were; False while a reader needs it."""
+        if self._engine.dialect.name != "sqlite":
+            return False
+        with self._writing, _retried_later(), self._engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            assert raw is not None
+            busy: int = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            return not busy
+
+    @property
+    def erases(self) -> bool:
+        """Whether deleted content is overwritten by the database itself."""
+        return self._engine.dialect.name == "sqlite"
+
     def _members(self, connection: sa.Connection, stream: str) -> frozenset[str]:
         settings = self.replay(stream)
         c = t.examples.c
@@ -863,6 +920,7 @@ class Transaction:
         outcomes: Counter[tuple[str, str]] = Counter()
         book = _Book(self._now)
         late: list[dict[str, Any]] = []
+        unlearned: dict[str, list[str]] = {}
         for change in changes:
             row = held.get(change.key)
             if (None if row is None else _lesson(row)) != change.learned:
@@ -877,6 +935,8 @@ class Transaction:
                     continue
             if change.outcome is not None:
                 outcomes[change.stream, change.outcome] += 1
+            if change.learned is not None and change.kind is not Kind.REDATE:
+                unlearned.setdefault(change.stream, []).append(change.event_id)
             content = contents[change.key] if change.needs_event else None
             self._enter(book, change, row, content)
         if late:
@@ -893,8 +953,79 @@ class Transaction:
         _update_examples(self._connection, book.redated)
         self._append(book.ledger)
         self._name_classes(book.counts)
+        for stream, event_ids in unlearned.items():
+            traces.unlearn(self._connection, stream, event_ids)
         to_exam, from_exam = self._assign_exam(book.counts)
-        return Reconciled(outcomes, to_exam, from_exam)
+        return Reconciled(
+            outcomes, to_exam, from_exam, {stream: tuple(event_ids) for stream, event_ids in unlearned.items()}
+        )
+
+    def forget(self, stream: str, event_ids: Collection[str]) -> Forgotten:
+        """Take every trace of these events out of the database, and keep them from coming back.
+
+        The head's sums are the caller's: within this transaction it subtracts what is returned and keeps them with
+        `save_sums` as of the ledger's end, because the rows that would have undone it are gone.
+        """
+        wanted = sorted(set(event_ids))
+        keys = [(stream, event_id) for event_id in wanted]
+        c = t.examples.c
+        held = list(_rows(self._connection, t.examples, keys, (c.label, c.embedding, c.exam)))
+        taught = [row for row in held if not row.exam]
+        fixed = {key for key, in_head in traces.settled(self._connection, keys).items() if in_head}
+        if fixed:
+            # Past correction, but the ledger may still have what was added last.
+            c = t.ledger.c
+            last: dict[str, Any] = {}
+            for row in _rows(self._connection, t.ledger, fixed, (c.seq, c.sign, c.label, c.embedding)):
+                last[row.event_id] = max(row, last.get(row.event_id, row), key=lambda row: row.seq)
+            known = [row for row in last.values() if row.sign > 0]
+            taught += known
+            fixed -= {(stream, row.event_id) for row in known}
+        before = traces.buried(self._connection, keys)
+        versions = traces.unlearn(self._connection, stream, wanted)
+        rows: Counter[str] = Counter()
+        # By its columns and not by its name, so that a table that is added one day is not left out.
+        for table in t.METADATA.sorted_tables:
+            if {"stream", "event_id"} <= set(table.c.keys()):
+                for chunk in _chunks(wanted):
+                    these = (table.c.stream == stream, table.c.event_id.in_(chunk))
+                    rows[table.name] += self._connection.execute(sa.delete(table).where(*these)).rowcount
+        counts = Counter((stream, row.label) for row in held)
+        self._name_classes({key: -count for key, count in counts.items()})
+        self._assign_exam(counts)
+        traces.bury(self._connection, stream, wanted, self._now)
+        embeddings = [_embedding(row.embedding) for row in taught]
+        return Forgotten(
+            rows=dict(rows),
+            labels=tuple(row.label for row in taught),
+            embeddings=np.stack(embeddings) if embeddings else np.empty((0, 0), np.int16),
+            fixed=len(fixed),
+            versions=versions,
+            before=len(before),
+        )
+
+    def compact_ledger(self, stream: str, encoder: str, seq: int) -> int:
+        """Delete what cancels out in the ledger, as far as the row `seq` that saved sums count to.
+
+        What is left of an event is the row that added it last, if the head still has it, so the ledger's sums stay
+        what they were, and of a withdrawn label no embedding stays. Returns how many rows went.
+        """
+        c = t.ledger.c
+        # The sign is written out, not bound: else the index of the few rows that subtract is not used.
+        these = (c.stream == stream, c.encoder == encoder, sa.text("sign < 0"))
+        ids = self._connection.scalars(sa.select(c.event_id).where(*these).distinct()).all()
+        gone: list[int] = []
+        for chunk in _chunks(sorted(ids)):
+            of_event: dict[str, list[Any]] = {}
+            query = sa.select(c.seq, c.event_id, c.sign).where(c.stream == stream, c.event_id.in_(chunk))
+            for row in self._connection.execute(query.where(c.encoder == encoder).order_by(c.seq)):
+                of_event.setdefault(row.event_id, []).append(row)
+            for rows in of_event.values():
+                if rows[-1].seq <= seq:
+                    gone += [row.seq for row in (rows[:-1] if rows[-1].sign > 0 else rows)]
+        for numbers in _chunks(gone):
+            self._connection.execute(sa.delete(t.ledger).where(c.seq.in_(numbers)))
+        return len(gone)
 
     def mark_trained(self, stream: str, run: int, event_ids: Collection[str]) -> None:
         """Remember, before the run begins, that it trains on these; they can never enter the exam.
@@ -908,6 +1039,7 @@ class Transaction:
             if self._connection.scalar(sa.select(c.event_id).where(*these, c.exam.is_(True)).limit(1)) is not None:
                 raise ValueError(f"run {run} of {stream!r} would train on examples of the exam")
             self._connection.execute(sa.update(t.examples).where(*these, c.trained_in.is_(None)).values(trained_in=run))
+        traces.note_training(self._connection, stream, run, event_ids)
 
     def unmark_trained(self, run: int) -> None:
         """The run came to nothing: what it alone trained on is untouched again, and may enter the exam."""
@@ -915,6 +1047,7 @@ class Transaction:
         rows = self._connection.execute(sa.select(c.stream, c.label).where(c.trained_in == run).distinct()).all()
         self._connection.execute(sa.update(t.examples).where(c.trained_in == run).values(trained_in=None))
         self._assign_exam([(row.stream, row.label) for row in rows])
+        traces.drop_training(self._connection, run)
 
     def rebase(self, stream: str, encoder: str, embeddings: Mapping[str, Embedding]) -> int:
         """Put the stream on another encoder: every example embedded anew, the ledger begun anew.
@@ -952,6 +1085,7 @@ class Transaction:
         )
         self._connection.execute(sa.delete(t.ledger).where(t.ledger.c.stream == stream))
         self._connection.execute(sa.delete(t.sums).where(t.sums.c.stream == stream))
+        self._connection.execute(sa.update(t.settled).where(t.settled.c.stream == stream).values(taught=False))
         book = _Book(self._now)
         for row, embedding in kept:
             if not row.exam:
@@ -1002,11 +1136,15 @@ class Transaction:
         number: int | None = None,
         detail: Mapping[str, Any] | None = None,
     ) -> int:
-        """Add a version under the next free number (or `number`, replacing what it said); returns it."""
+        """Add a version under the next free number (or `number`, replacing what it said); returns it.
+
+        Where examples that its run or its ancestors trained on are gone by now, its detail counts them as `forgotten`.
+        """
         c = t.versions.c
         if number is None:
             last = self._connection.scalar(sa.select(sa.func.max(c.number)).where(c.stream == stream))
             number = (last or 0) + 1
+        lost = traces.lost_by(self._connection, stream, run, parent)
         row = {
             "stream": stream,
             "number": number,
@@ -1016,7 +1154,7 @@ class Transaction:
             "head": head,
             "run": run,
             "created_at": self._now,
-            "detail": dict(detail or {}),
+            "detail": {**(detail or {}), **({"forgotten": lost} if lost else {})},
         }
         put(self._connection, t.versions, [row])
         return number
@@ -1134,9 +1272,11 @@ class Transaction:
         payloads = self._purge_payloads(settled)
 
         c = t.examples.c
-        fixed = self._connection.execute(
-            sa.delete(t.examples).where(c.payload.is_(None), c.learned_at < retention)
-        ).rowcount
+        past = (c.payload.is_(None), c.learned_at < retention)
+        leaving = self._connection.execute(sa.select(c.stream, c.event_id, c.exam).where(*past)).all()
+        traces.settle(self._connection, {(row.stream, row.event_id): not row.exam for row in leaving}, self._now)
+        fixed = self._connection.execute(sa.delete(t.examples).where(*past)).rowcount
+        self._connection.execute(sa.delete(t.settled).where(t.settled.c.at < retention))
         saved = (
             sa.select(t.sums.c.seq)
             .where(t.sums.c.stream == t.ledger.c.stream, t.sums.c.encoder == t.ledger.c.encoder)

@@ -395,6 +395,57 @@ def test_a_start_with_a_broken_revision_serves_its_version(
     assert slot.revision("s") == "v1.8"
 
 
+def damage_encoder(registry: Registry, name: str) -> None:
+    """Tear the weights of a version's encoder, as a disk would."""
+    for digest in registry.version("s", name).encoder.files.values():
+        Path(registry._blob(digest)).write_bytes(b"torn")
+
+
+def test_a_start_with_a_broken_encoder_serves_the_champion_before(
+    slot: Slot, trainer: Trainer, registry: Registry
+) -> None:
+    """All revisions of a version share its encoder: with that broken, only another version can answer."""
+    for number, name in enumerate(("v1", "v2", "v3"), start=1):
+        trainer.version("s", base(number), head(f"own {name}"))
+        registry.set_champion("s", name)
+    trainer.message("s", "v1.5", head("first"))
+    trainer.message("s", "v2.8", head("older"))
+    trainer.message("s", "v2.9", head("newest"))
+    damage_encoder(registry, "v3")
+    slot.announce(*trainer.message("s", "v3.4", head("broken")))
+    assert slot.revision("s") == "v2.9"
+    assert {(answer.label or "").partition("/")[0] for answer in slot.predict("s", events())} == {"newest"}
+    trainer.version("s", base(4), head("own v4"))
+    slot.announce(*trainer.message("s", "v4.1", head("mended"), kind="champion"))
+    assert slot.revision("s") == "v4.1", "what stands in gives way to the next announcement"
+
+
+def test_a_start_after_a_rollback_does_not_serve_what_was_rolled_back(
+    slot: Slot, trainer: Trainer, registry: Registry
+) -> None:
+    """Whoever went back from v3 to v2 does not want v3 again because v2 is damaged."""
+    for number, name in enumerate(("v1", "v2", "v3"), start=1):
+        trainer.version("s", base(number), head(f"own {name}"))
+        registry.set_champion("s", name)
+    registry.set_champion("s", "v2")
+    damage_encoder(registry, "v2")
+    slot.announce(*trainer.message("s", "v2.7", head("broken"), kind="champion"))
+    assert slot.revision("s") == "v1.0"
+
+
+def test_a_start_without_a_history_serves_an_ancestor(registry: Registry, trainer: Trainer, slot: Slot) -> None:
+    """The list of promotions may be what was lost; the manifests still say where a version comes from."""
+    trainer.version("s", base(1), head("root"))
+    child = base(2)
+    registry.put_encoder(child.spec, child.files())
+    own = registry.put_head(head("own").tensors())
+    manifest = VersionManifest(stream="s", parent="v1", created_at=NOW, encoder=child.spec, head=own)
+    assert registry.commit(manifest) == "v2"
+    damage_encoder(registry, "v2")
+    slot.announce(*trainer.message("s", "v2.0", kind="champion"))
+    assert slot.revision("s") == "v1.0"
+
+
 def test_weights_that_cannot_be_fetched_are_asked_for_again(tmp_path: Path, metrics: Metrics) -> None:
     """A store of weights that is away for a minute must not need another announcement to be used again."""
     registry = Registry("memory://away-and-back", tmp_path)
