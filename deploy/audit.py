@@ -61,6 +61,7 @@ class Audit:
         labels_waiting: of them, those that the learner has not joined yet, or whose event has no prediction yet.
         labels_expired: of them, those whose event, or themselves, had gone before the other came.
         labels_aside: of them, those in quarantine or in dead letters.
+        labels_refused: of them, those of events that were forgotten on request, or can no longer be corrected.
         labels_not_learned: of them, those that should have changed what is learned and did not. A breach.
         learned_twice: events that the head was taught more than once. A breach.
         versions: versions that predictions name.
@@ -83,6 +84,7 @@ class Audit:
     labels_waiting: int = 0
     labels_expired: int = 0
     labels_aside: int = 0
+    labels_refused: int = 0
     labels_not_learned: int = 0
     learned_twice: int = 0
     versions: int = 0
@@ -244,9 +246,13 @@ def _judge_labels(
     chunk: list[tuple[Label, Place, bool]] = []
 
     def judge() -> None:
-        known = store.known(touched((), ((label, place) for label, place, _ in chunk)))
+        keys = touched((), ((label, place) for label, place, _ in chunk))
+        known, beyond = store.known(keys), store.beyond(keys)
         for label, place, past in chunk:
             key = (label.stream, label.event_id)
+            if key in beyond:
+                audit.labels_refused += 1
+                continue
             joined = join(known, (), [(label, place)], combine)
             served, learned = known.served.get(key), known.learned.get(key)
             if joined.labels and past:

@@ -423,7 +423,7 @@ def guard_decline(
     pairs = _pairs_by_class(labels, best, new)
     overall = _together(pairs.values())
     exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
-    held = _class_refusals(_judge_classes(pairs, exam)) if overall.lost > overall.gained else []
+    held = _class_refusals(_judge_classes(pairs, exam, exam.alpha)) if overall.lost > overall.gained else []
     if overall.p_value <= rules.alpha and overall.fall > rules.budget:
         held.append(f"accuracy fell from {overall.was:.1%} to {overall.now:.1%} of {overall.n} examples")
     return [f"{reason}, since the best revision so far" for reason in held], overall.p_value_better <= BETTER
