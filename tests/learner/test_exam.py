@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from learner.exam import ExamSettings, ForgettingTable, GuardSettings, Verdict, examine, guard_revision
+from learner.exam import (
+    ExamSettings,
+    ForgettingTable,
+    GuardSettings,
+    Verdict,
+    examine,
+    guard_decline,
+    guard_revision,
+)
 
 CLASSES = [f"class-{number:03d}" for number in range(150)]
 NAMES = st.sampled_from(["a", "b", "c", "d", "e"])
@@ -286,3 +294,33 @@ def test_forgetting_is_measured_against_each_class_best() -> None:
     table.note_verdict(verdict, promoted=True)
     assert table.now["a"] == table.best["a"] == 1.0
     assert ForgettingTable.model_validate_json(table.model_dump_json()) == table
+
+
+def test_a_decline_counts_only_where_more_was_lost_than_gained() -> None:
+    """A world that changed takes as much from old examples as it gives to new ones; that is learning."""
+    truth = ["x"] * 40 + ["y"] * 40
+    best = ["x"] * 40 + ["x"] * 20 + ["y"] * 20
+    fallen = ["y"] * 15 + ["x"] * 25 + ["x"] * 20 + ["y"] * 20
+    held, better = guard_decline(truth, best, fallen)
+    assert "class 'x' is worse: from 40 to 25 right of 40" in held[0]
+    assert held[0].endswith("since the best revision so far")
+    assert not better
+    moved = ["y"] * 15 + ["x"] * 25 + ["y"] * 40
+    assert guard_decline(truth, best, moved) == ([], False)
+
+
+def test_the_best_so_far_moves_up_on_evidence_only() -> None:
+    """The greatest of many noisy numbers would be a standard that no revision meets."""
+    truth = ["x"] * 40
+    best = ["x"] * 30 + ["y"] * 10
+    assert guard_decline(truth, best, ["x"] * 34 + ["y"] * 6) == ([], False)
+    assert guard_decline(truth, best, ["x"] * 35 + ["y"] * 5) == ([], True)
+    assert guard_decline([], [], []) == ([], False)
+
+
+def test_losses_spread_over_many_classes_are_seen_together() -> None:
+    """With six examples a class no single class can show it."""
+    truth = [f"c{n % 20}" for n in range(120)]
+    spread = ["other" if n % 10 == n // 20 else name for n, name in enumerate(truth)]
+    held, _ = guard_decline(truth, truth, spread)
+    assert held == ["accuracy fell from 100.0% to 90.0% of 120 examples, since the best revision so far"]
