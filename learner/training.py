@@ -59,6 +59,7 @@ STATE_FORMAT = 1
 MIN_HELD_OUT = 20
 HEAD_SHARPNESS = 10.0
 EMBED_ROWS = 256
+HELD_OUT_ROWS = 128
 LEARNING_RATES = {"text": 5e-5, "telemetry": 1e-3, "lora": 5e-4}
 
 Report = Callable[[Progress], None]
@@ -219,6 +220,15 @@ class TrainingNet(nn.Module):
         return logits
 
 
+class Examples(ClassificationDataset):  # type: ignore[misc]
+    """A list as Avalanche's dataset, which would look for transformations on the way to each item of each batch."""
+
+    items: Sequence[tuple[Payload, int, int]] = ()
+
+    def __getitem__(self, index: int) -> tuple[Payload, int, int]:
+        return self.items[index]
+
+
 class Course(SupervisedPlugin):  # type: ignore[misc]
     """Watches over one run: learning rates, time, progress, a loss that is a number, and the best weights.
 
@@ -366,7 +376,7 @@ def train(
     index = {name: number for number, name in enumerate(state.classes)}
     steps = -(-len(experience) // settings.batch_size)
     updates = settings.epochs * -(-steps // settings.gradient_accumulation)
-    held_out_batches = _batches(encoder, held_out, index, settings, device)
+    held_out_batches = _batches(encoder, held_out, index, device)
     course = Course(settings, updates, len(experience), held_out_batches, report, clock)
     new, remembered = _dataset(encoder, experience, index, 0), None
     if memory:
@@ -389,6 +399,8 @@ def train(
         plugins=[course, *strategy.plugins],
         evaluator=None,
     )
+    # Without loggers its metrics go nowhere, and it would look for some to compute at every event of every batch.
+    loop.plugins.remove(loop.evaluator)
     loop.accumulate = settings.gradient_accumulation
     loop.loss_of = strategy.loss
     loop.clock.train_exp_counter = state.experiences
@@ -547,23 +559,27 @@ def _dataset(encoder: Encoder, rows: Sequence[Row], index: dict[str, int], first
         payloads, labels, numbers = zip(*items, strict=True)
         return encoder.collate(payloads), torch.tensor(labels), torch.tensor(numbers)
 
-    return ClassificationDataset(
-        [[(row.payload, target, first + n) for n, (row, target) in enumerate(zip(rows, targets, strict=True))]],
-        data_attributes=[DataAttribute(targets, "targets")],
-        collate_fn=collate,
-    )
+    items = [(row.payload, target, first + n) for n, (row, target) in enumerate(zip(rows, targets, strict=True))]
+    dataset = Examples([items], data_attributes=[DataAttribute(targets, "targets")], collate_fn=collate)
+    dataset.items = items
+    return dataset
 
 
 def _batches(
-    encoder: Encoder, rows: Sequence[Row], index: dict[str, int], settings: FineTuneSettings, device: torch.device
+    encoder: Encoder, rows: Sequence[Row], index: dict[str, int], device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
+    """The rows collated once, like lengths together."""
     return [
         (
             encoder.collate([row.payload for row in part]).to(device),
             torch.tensor([index[row.label] for row in part], device=device),
         )
-        for part in _parts(rows, 2 * settings.batch_size)
+        for part in _parts(sorted(rows, key=_length), HELD_OUT_ROWS)
     ]
+
+
+def _length(row: Row) -> int:
+    return len(row.payload) if isinstance(row.payload, str) else row.payload.shape[1]
 
 
 def _parts(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
@@ -689,7 +705,8 @@ def _optimizer(net: TrainingNet, settings: FineTuneSettings, learning_rate: floa
     """AdamW over all weights, frozen ones too: Avalanche would add those itself, and AdamW leaves them alone."""
     head = {"params": list(net.head.parameters()), "peak": settings.head_learning_rate, "weight_decay": 0.0}
     encoder = {"params": list(net.encoder.parameters()), "peak": learning_rate}
-    return torch.optim.AdamW([encoder, head], lr=learning_rate, weight_decay=settings.weight_decay)
+    # Fused, one pass over the weights instead of a dozen.
+    return torch.optim.AdamW([encoder, head], lr=learning_rate, weight_decay=settings.weight_decay, fused=True)
 
 
 def _moments(optimizer: torch.optim.Optimizer, net: nn.Module) -> Named:
@@ -708,10 +725,7 @@ def _restore_moments(optimizer: torch.optim.Optimizer, net: nn.Module, moments: 
             key: moments[f"{name}|{key}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}|{key}" in moments
         }
         if len(found) == 3 and weight.requires_grad and found["exp_avg"].shape == weight.shape:
-            optimizer.state[weight] = {
-                key: value.clone() if key == "step" else value.to(weight.device, copy=True)
-                for key, value in found.items()
-            }
+            optimizer.state[weight] = {key: value.to(weight.device, copy=True) for key, value in found.items()}
 
 
 def _embed(encoder: Encoder, rows: Sequence[Row], report: Report, clock: Callable[[], float]) -> NDArray[np.int16]:

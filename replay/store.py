@@ -484,8 +484,13 @@ class LearnerStore:
         """What the next fine-tune sees: the replay store's members, and all that no run has trained on."""
         with self._read() as connection:
             members = self._members(connection, stream)
-            found = self._examples(connection, stream, None, exam=False, since_run=None)
-            return [example for example in found if example.new or example.event_id in members]
+            c = t.examples.c
+            new = connection.scalars(
+                sa.select(c.event_id).where(
+                    c.stream == stream, c.exam.is_(False), c.trained_in.is_(None), c.payload.is_not(None)
+                )
+            )
+            return self._examples(connection, stream, {*members, *new}, exam=False, since_run=None)
 
     def class_counts(self, stream: str, *, member_only: bool = False, exam: bool | None = None) -> dict[str, int]:
         """How many examples each class has, of those that `examples` would return."""
