@@ -15,12 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from learner.encoders import payload
 from learner.online import OnlineLearner
 from monitoring.drift import DriftMonitor
 from monitoring.metrics import Metrics
-from replay.store import Content, LearnerStore, Outgoing, Quarantined
+from replay.store import Content, LearnerStore, Outgoing, Quarantined, Reconciled, Transaction
 from stream.batches import Batch, Partition
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Label, Place, Prediction, Record
@@ -29,6 +30,8 @@ from stream.lookback import Lookback
 from stream.worker import dead_letter, known_stream
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", Label, Prediction)
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Joiner:
         self._learners, self._drift, self._topics, self._rules = learners, drift, topics, rules
         self._metrics, self._clock = metrics, clock
         self._offsets: dict[Partition, int] = {}
+        self._aliases: dict[str, dict[str, str]] = {}
 
     def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Where the store's offsets say that each partition is to be read from; told to the reader."""
@@ -91,17 +95,15 @@ class Joiner:
         labels, quarantined = self._within_quota(labels, now)
         known = self._store.known(touched(predictions, labels))
         joined = join(known, predictions, labels, self._rules)
-        contents, too_late = self._contents(joined.changes)
         moves = {p: (self._offsets.get(p), end) for p, end in batch.ends.items()}
-        with self._store.transaction(self._epoch, now) as tx:
+
+        def also(tx: Transaction) -> None:
             tx.advance(moves)
-            tx.record(joined)
-            reconciled = tx.reconcile(joined.changes, contents, too_late)
             tx.quarantine(quarantined)
             tx.send(outgoing)
+
+        reconciled = self.apply(joined, now, also)
         self._offsets.update(batch.ends)
-        for learner in self._learners.values():
-            learner.follow()
         self._count(joined, predictions, labels, quarantined, now)
         learned: Counter[str] = Counter()
         for (stream, outcome), count in reconciled.outcomes.items():
@@ -109,6 +111,32 @@ class Joiner:
             if outcome in ("learned", "corrected", "withdrawn"):
                 learned[stream] += count
         return learned
+
+    def apply(self, joined: Joined, now: datetime, also: Callable[[Transaction], None]) -> Reconciled:
+        """Make what was joined true, and what `also` writes, in one transaction; then follow the ledger.
+
+        Raises:
+            RetryLater: the broker or the database is away; nothing was kept.
+            Superseded: another learner owns the store.
+        """
+        contents, too_late = self._contents(joined.changes)
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.record(joined)
+            reconciled = tx.reconcile(joined.changes, contents, too_late)
+            also(tx)
+        for learner in self._learners.values():
+            learner.follow()
+        return reconciled
+
+    def name_now(self, stream: str, name: str) -> str:
+        """The name of a class since it was renamed or merged."""
+        if stream not in self._aliases:
+            self._aliases[stream] = self._store.aliases(stream)
+        return self._aliases[stream].get(name, name)
+
+    def renamed(self, stream: str) -> None:
+        """Names of the stream's classes have changed: know them anew."""
+        self._aliases.pop(stream, None)
 
     def _decode(
         self, records: Sequence[Record], now: datetime
@@ -119,9 +147,10 @@ class Joiner:
         for record in records:
             try:
                 if record.topic == self._topics.labels:
-                    labels.append((self._decoder.label(record), record.place))
+                    labels.append((self._renamed(self._decoder.label(record)), record.place))
                 else:
-                    predictions.append((self._decoder.prediction(record), record.place))
+                    # A worker may not have heard of the new name yet.
+                    predictions.append((self._renamed(self._decoder.prediction(record)), record.place))
             except DeadLetter as refusal:
                 self._metrics.dead_letters.labels(known_stream(self._decoder, record), refusal.reason).inc()
                 logger.info("dead letter %s[%d]@%d: %s", record.topic, record.partition, record.offset, refusal)
@@ -129,28 +158,44 @@ class Joiner:
                 outgoing.append(Outgoing(message.topic, message.key, message.value, message.headers))
         return predictions, labels, outgoing
 
+    def _renamed(self, message: M) -> M:
+        if message.label is None:
+            return message
+        name = self.name_now(message.stream, message.label)
+        return message if name == message.label else message.model_copy(update={"label": name})
+
     def _within_quota(
         self, labels: list[tuple[Label, Place]], now: datetime
     ) -> tuple[list[tuple[Label, Place]], list[Quarantined]]:
         """The labels to join, and those set aside because their class name is beyond the stream's bounds."""
         kept: list[tuple[Label, Place]] = []
         aside: list[Quarantined] = []
+        named: dict[str, set[str]] = defaultdict(set)
+        for label, _ in labels:
+            if label.label is not None:
+                named[label.stream].add(label.label)
         known: dict[str, set[str]] = {}
+        total: dict[str, int] = {}
         made_today: dict[str, int] = {}
+        # Asked by name: what a batch costs must not grow with the classes that there are, or were invented.
+        for stream, names in named.items():
+            configured = self._learners[stream].plan.labels
+            known[stream] = self._store.known_classes(stream, names | configured)
+            total[stream] = self._store.class_total(stream) + len(configured - known[stream])
+            known[stream] |= configured
+            made_today[stream] = self._store.classes_created_on(stream, now.date())
         for label, place in labels:
             if label.label is None:
                 kept.append((label, place))
                 continue
             stream = label.stream
-            if stream not in known:
-                known[stream] = set(self._store.classes(stream)) | self._learners[stream].plan.labels
-                made_today[stream] = self._store.classes_created_on(stream, now.date())
             if label.label not in known[stream]:
                 plan = self._learners[stream].plan
-                if len(known[stream]) >= plan.max_classes or made_today[stream] >= plan.max_new_classes_a_day:
+                if total[stream] >= plan.max_classes or made_today[stream] >= plan.max_new_classes_a_day:
                     aside.append(Quarantined(label, place, str(Reason.CLASS_QUOTA)))
                     continue
                 known[stream].add(label.label)
+                total[stream] += 1
                 made_today[stream] += 1
             kept.append((label, place))
         return kept, aside
