@@ -52,17 +52,25 @@ class TrustSettings(BaseModel):
     every_labels: int = Field(default=250, ge=1, description="new labels between two reviews")
     window: int = Field(default=2_000, ge=100, le=50_000, description="newest labels that a review looks at")
     confidence: float = Field(
-        default=0.8, gt=0.5, lt=1, description="probability from which the head, not knowing a label, may speak against it"
+        default=0.8,
+        gt=0.5,
+        lt=1,
+        description="probability from which the head, not knowing a label, may speak against it",
     )
     margin: float = Field(
-        default=0.05, ge=0, lt=1, description="share of contradicted labels beyond the other labellers' that is let pass"
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="share of contradicted labels beyond the other labellers' that is let pass",
     )
     sureness: float = Field(
         default=4.5, ge=1, le=20, description="standard errors beyond the margin that make a suspect"
     )
     minimum: int = Field(default=10, ge=3, description="contradicted labels before a labeller can be a suspect")
     burst_labels: int = Field(default=20, ge=5, description="contradicted labels naming one class that are a burst")
-    burst_window: int = Field(default=200, ge=20, description="of one labeller's newest labels, those in which a burst lies")
+    burst_window: int = Field(
+        default=200, ge=20, description="of one labeller's newest labels, those in which a burst lies"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +153,7 @@ class Review:
     suspect: Suspect | None = None
 
 
-def review(
-    claims: Iterable[Claim], settings: TrustSettings | None = None, suspects: Iterable[Suspect] = ()
-) -> Review:
+def review(claims: Iterable[Claim], settings: TrustSettings | None = None, suspects: Iterable[Suspect] = ()) -> Review:
     """Look at the newest claims of a stream, in any order.
 
     Args:
@@ -160,9 +166,7 @@ def review(
     bursts = _bursts(ordered, settings)
     burst = {(one.labeller, event_id) for one in bursts for event_id in one.event_ids}
     known = {suspect.labeller for suspect in suspects}
-    rest = [
-        claim for claim in ordered if claim.labeller not in known and (claim.labeller, claim.event_id) not in burst
-    ]
+    rest = [claim for claim in ordered if claim.labeller not in known and (claim.labeller, claim.event_id) not in burst]
     table = _Table(rest)
     standings: dict[str, Standing] = {}
     found: list[tuple[float, Suspect]] = []
@@ -175,7 +179,9 @@ def review(
     return Review(standings, tuple(bursts), None if worst is None else worst[1])
 
 
-def excess(ours: Sequence[int], strata: Sequence[object], contradicted: Flags, mine: Flags) -> tuple[float, float] | None:
+def excess(
+    ours: Sequence[int], strata: Sequence[object], contradicted: Flags, mine: Flags
+) -> tuple[float, float] | None:
     """The Mantel-Haenszel risk difference of `mine` against the others, and its standard error; None without overlap.
 
     Args:

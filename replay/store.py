@@ -1344,9 +1344,7 @@ class Transaction:
     def _purge_quarantine(self, expired: int, bound: int) -> int:
         c = t.quarantine.c
         beyond = sa.select(c.id).order_by(c.id.desc()).offset(bound).limit(1).scalar_subquery()
-        return self._connection.execute(
-            sa.delete(t.quarantine).where(sa.or_(c.at < expired, c.id <= beyond))
-        ).rowcount
+        return self._connection.execute(sa.delete(t.quarantine).where(sa.or_(c.at < expired, c.id <= beyond))).rowcount
 
     def _enter(self, book: _Book, change: Change, row: Any, content: Content | None) -> None:
         """Enter one change into the book."""
