@@ -153,6 +153,7 @@ def _learner_parts(
 ) -> LearnerParts:
     from learner.app import Outbox
     from learner.app import Parts as LearnerParts
+    from learner.curation import Curator
     from learner.joining import Joiner, JoinTopics
     from learner.online import EncoderShelf, OnlineLearner
     from learner.trainer import Course, Trainer, Triggers
@@ -200,6 +201,16 @@ def _learner_parts(
         settings.learner.member_id,
         joiner.starts,
     )
+    curator = Curator(
+        store,
+        joiner,
+        learners,
+        {name: stream.trust for name, stream in settings.streams.items()},
+        {name: stream.labellers for name, stream in settings.streams.items()},
+        topics.name("labels"),
+        metrics,
+        utc_now,
+    )
     courses = {
         name: Course(stream.kind, stream.finetune, stream.exam, Triggers(**stream.triggers.model_dump()))
         for name, stream in settings.streams.items()
@@ -218,7 +229,7 @@ def _learner_parts(
     )
     outbox = Outbox(store, epoch, settings.kafka.confluent())
     budgets = {name: stream.forgetting_budget for name, stream in settings.streams.items()}
-    return LearnerParts(reader, joiner, learners, trainer, drift, store, registry, outbox, epoch, budgets)
+    return LearnerParts(reader, joiner, curator, learners, trainer, drift, store, registry, outbox, epoch, budgets)
 
 
 def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:

@@ -30,7 +30,7 @@ from monitoring.metrics import Metrics
 from replay.store import Claimed, Doubt, Held, LearnerStore, Quarantined, Transaction
 from stream.errors import DeadLetter
 from stream.events import Label, Place, class_name
-from stream.join import Labelled, join, settle, touched
+from stream.join import Known, Labelled, join, settle, touched
 
 logger = logging.getLogger(__name__)
 
@@ -198,16 +198,18 @@ class Curator:
 
         joined = join(self._store.known(touched([], labels)), [], labels, self._rules, released=True)
         self._joiner.apply(joined, now, also)
-        message = f"{len(ids)} label{'' if len(ids) == 1 else 's'} released"
+        done = [f"{len(ids)} label{'' if len(ids) == 1 else 's'} released"]
         if believed:
-            message += f"; {held.labeller} is believed again"
+            done.append(f"{held.labeller} is believed again")
+        if not rows:
+            done.append("no such label is in quarantine")
         if len(ids) < len(rows):
-            message += f"; {len(rows) - len(ids)} stay, the stream has its {plan.max_classes} classes"
-        elif len(rows) == AT_ONCE:
-            message += "; more may wait, ask again"
+            done.append(f"{len(rows) - len(ids)} stay, the stream has its {plan.max_classes} classes")
+        if len(rows) == AT_ONCE:
+            done.append("more may wait, ask again")
         if not ids and not believed:
-            raise Refused(f"nothing was released: {'' if rows else 'no such label is in quarantine'}{message[17:]}")
-        return message
+            raise Refused("; ".join(done))
+        return "; ".join(done)
 
     def drop(self, stream: str, held: Held) -> str:
         """Delete labels from quarantine; they are learned only if they are sent again."""
@@ -217,18 +219,17 @@ class Curator:
             nonlocal count
             count = tx.drop(stream, held)
 
-        self._joiner.apply(settle(self._store.known([]), {}), self._clock(), also)
+        self._joiner.apply(settle(Known(), {}), self._clock(), also)
         if not count:
             raise Refused("no such label is in quarantine")
         return f"{count} label{'' if count == 1 else 's'} dropped"
 
     # Names
 
-    def rename(self, stream: str, old: str, new: str, closed: frozenset[str] | None, *, merge: bool) -> str:
+    def rename(self, stream: str, old: str, new: str, *, merge: bool) -> str:
         """Name a class otherwise, or make it one with another; returns what was done.
 
         Args:
-            closed: the only names that the stream takes; None where they are free.
             merge: `new` is a class that there is; else it must be none.
         """
         now, learner = self._clock(), self._learners[stream]
@@ -243,6 +244,7 @@ class Curator:
             raise Refused(f"stream {stream!r} has no class {new!r} to merge into; rename it instead")
         if not merge and new in there:
             raise Refused(f"stream {stream!r} has a class {new!r}; merge the two instead, which cannot be undone")
+        closed = self._joiner.closed_labels(stream)
         if closed is not None and new not in closed:
             raise Refused(
                 f"stream {stream!r} is closed and its labels do not name {new!r}; add it to the settings first"

@@ -134,6 +134,10 @@ class Joiner:
             self._aliases[stream] = self._store.aliases(stream)
         return self._aliases[stream].get(name, name)
 
+    def closed_labels(self, stream: str) -> frozenset[str] | None:
+        """The only names that labels of the stream may have; None where they are free."""
+        return self._decoder.rules[stream].closed_labels
+
     def renamed(self, stream: str) -> None:
         """Names of the stream's classes have changed: know them anew."""
         self._aliases.pop(stream, None)

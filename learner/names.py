@@ -17,6 +17,8 @@ SHORT = 4
 """A name of fewer characters is alike only by case, space or punctuation."""
 SHOWN = 1_000
 """Pairs found at most; who has so many has another trouble."""
+SHARING = 50
+"""Names compared of those that share a form, so that numbered names by the thousand cost no more than others."""
 
 _DIGITS = re.compile(r"\d+")
 
@@ -43,7 +45,7 @@ def alike(names: Iterable[str]) -> list[Alike]:
             for cut in {plain[:at] + plain[at + 1 :] for at in range(len(plain))}:
                 forms[cut].append(name)
     found: set[Alike] = set()
-    for sharing in forms.values():
+    for sharing in (names[:SHARING] for names in forms.values()):
         for at, one in enumerate(sharing):
             for other in sharing[at + 1 :]:
                 if len(found) >= SHOWN:
@@ -52,12 +54,6 @@ def alike(names: Iterable[str]) -> list[Alike]:
                 if why is not None:
                     found.add(Alike(*sorted((one, other)), why))
     return sorted(found)
-
-
-def like(name: str, names: Iterable[str]) -> list[Alike]:
-    """Those of `names` that `name` is alike to, sorted."""
-    pairs = ((other, why_alike(name, other)) for other in names if other != name)
-    return sorted(Alike(*sorted((name, other)), why) for other, why in pairs if why is not None)
 
 
 def why_alike(one: str, other: str) -> str | None:
