@@ -509,7 +509,7 @@ class LearnerApp:
             query: `labeller`, `label` and `reason` to choose by, `after` an id to read on from, `limit`.
         """
         parts = self.parts
-        held = Held(**{name: query[name] for name in ("labeller", "label", "reason") if name in query})
+        held = Held(labeller=query.get("labeller"), label=query.get("label"), reason=query.get("reason"))
         numbers = [query.get(name, default) for name, default in (("after", "0"), ("limit", "100"))]
         if not all(number.isdecimal() for number in numbers):
             raise Refused("after and limit are whole numbers")

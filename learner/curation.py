@@ -267,8 +267,8 @@ class Curator:
         if before is not None and before[0] == names:
             return before[1]
         found = alike(names)
-        for pair in found if before is not None else ():
-            if pair not in before[1]:
+        for pair in found:
+            if before is not None and pair not in before[1]:
                 logger.warning("stream %s: classes %r and %r differ by %s", stream, pair.one, pair.other, pair.why)
         self._alike[stream] = names, found
         return found

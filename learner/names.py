@@ -52,7 +52,7 @@ def alike(names: Iterable[str]) -> list[Alike]:
                     return sorted(found)
                 why = why_alike(one, other)
                 if why is not None:
-                    found.add(Alike(*sorted((one, other)), why))
+                    found.add(Alike(min(one, other), max(one, other), why))
     return sorted(found)
 
 

@@ -277,7 +277,7 @@ class OnlineLearner:
         fold = np.array([crc32(event_id.encode()) % FOLDS for event_id in event_ids])
         found = [HeldOut(None, 0.0, frozenset())] * len(event_ids)
         for number in range(FOLDS):
-            rows = np.flatnonzero(fold == number)
+            rows = np.flatnonzero(fold == number).tolist()
             inside = [row for row in rows if taught[row] is not None]
             sums = self.sums.copy()
             sums.subtract(embeddings[inside], [str(taught[row]) for row in inside])
