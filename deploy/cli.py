@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from deploy.messages import BadLine, Letter
     from deploy.settings import Settings
-    from learner.control import Action, ControlAnswer, ControlRequest
+    from learner.control import Action, ControlAnswer, ControlRequest, HeldLabels
     from learner.registry import Registry, VersionManifest
     from stream.events import Prediction
 
@@ -69,9 +69,15 @@ versions_app = typer.Typer(no_args_is_help=True, help="List, show, promote, roll
 letters_app = typer.Typer(
     no_args_is_help=True, help="Look at the messages that could not be used, and send them again."
 )
+quarantine_app = typer.Typer(
+    no_args_is_help=True, help="Look at the labels that were set aside, and learn them after all or drop them."
+)
+classes_app = typer.Typer(no_args_is_help=True, help="List the classes of a stream, rename one, or make two one.")
 app.add_typer(config_app, name="config", rich_help_panel="Set up")
 app.add_typer(topics_app, name="topics", rich_help_panel="Set up")
 app.add_typer(versions_app, name="versions", rich_help_panel="Learning")
+app.add_typer(quarantine_app, name="quarantine", rich_help_panel="Learning")
+app.add_typer(classes_app, name="classes", rich_help_panel="Learning")
 app.add_typer(letters_app, name="dead-letters", rich_help_panel="Messages")
 
 TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"]
@@ -90,6 +96,16 @@ UrlOption = Annotated[
     str | None,
     typer.Option("--learner", metavar="URL", help="Where the learner answers; from the settings if left out."),
 ]
+IdsArgument = Annotated[
+    list[int] | None, typer.Argument(metavar="ID...", help="Ids as `trimtab quarantine list` shows them.")
+]
+LabellerFilter = Annotated[str | None, typer.Option("--labeller", help="Only labels by this labeller.")]
+ClassFilter = Annotated[str | None, typer.Option("--class", help="Only labels that name this class.")]
+HeldFilter = Annotated[
+    str | None, typer.Option("--for", help="Only labels set aside for this reason, such as labeller_untrusted.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="Every label of the stream that waits.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
 PlaceArgument = Annotated[
     str, typer.Argument(metavar="PLACE", help="Place of the dead letter, PARTITION:OFFSET, as listed.")
 ]
@@ -651,6 +667,165 @@ def versions_prune(
         typer.echo(f"{name}: removed {going}")
 
 
+@quarantine_app.command("list")
+def quarantine_list(
+    stream: StreamArgument,
+    labeller: LabellerFilter = None,
+    name: ClassFilter = None,
+    held_for: HeldFilter = None,
+    limit: Annotated[int, typer.Option(help="Labels shown at most.", min=1, max=1_000)] = 100,
+    after: Annotated[int, typer.Option(help="Only ids above this, to read on.", min=0)] = 0,
+    config: ConfigOption = None,
+    format: Format = "text",
+    url: UrlOption = None,
+) -> None:
+    """Labels that wait, oldest first, with the reason; and how the labellers stand."""
+    given = {"labeller": labeller, "label": name, "reason": held_for, "limit": limit, "after": after}
+    page = _page(config, stream, "quarantine", url, {key: value for key, value in given.items() if value is not None})
+    if format == "json":
+        for row in page["labels"]:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    _table(
+        ["id", "reason", "labeller", "class", "event", "labelled", "why"],
+        [
+            [
+                str(row["id"]),
+                row["reason"],
+                row["labeller"],
+                row["label"],
+                row["event_id"],
+                row["labelled_at"],
+                row["detail"],
+            ]
+            for row in page["labels"]
+        ],
+    )
+    typer.echo(f"\nWaiting: {_pairs(page['waiting'])}")
+    if page["labellers"]:
+        _table(
+            ["labeller", "believed", "labels", "contradicted", "beyond the others", "why"],
+            [
+                [
+                    row["labeller"],
+                    "yes" if row["believed"] else f"no, since {row['since']}",
+                    str(row.get("labels", "")),
+                    f"{row['contradicted']} of {row['judged']}" if "judged" in row else "",
+                    f"{row['excess']:+.1%}" if row.get("excess") is not None else "",
+                    row["why"],
+                ]
+                for row in page["labellers"]
+            ],
+        )
+
+
+@quarantine_app.command("show")
+def quarantine_show(
+    stream: StreamArgument,
+    number: Annotated[int, typer.Argument(metavar="ID", help="As `trimtab quarantine list` shows it.", min=1)],
+    config: ConfigOption = None,
+    url: UrlOption = None,
+) -> None:
+    """One label that waits, whole."""
+    rows = _page(config, stream, "quarantine", url, {"after": number - 1, "limit": 1})["labels"]
+    if not rows or rows[0]["id"] != number:
+        _end(f"no label {number} of stream {stream!r} is in quarantine", 1)
+    typer.echo(json.dumps(rows[0], indent=2, ensure_ascii=False))
+
+
+@quarantine_app.command("release")
+def quarantine_release(
+    stream: StreamArgument,
+    ids: IdsArgument = None,
+    labeller: LabellerFilter = None,
+    name: ClassFilter = None,
+    held_for: HeldFilter = None,
+    everything: AllOption = False,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Learn labels after all. With --labeller alone, the labeller is believed again as well."""
+    held = _held(ids, labeller, name, held_for, everything)
+    _ask(config, "release", stream, None, reason, by_topic, url, held=held)
+
+
+@quarantine_app.command("drop")
+def quarantine_drop(
+    stream: StreamArgument,
+    ids: IdsArgument = None,
+    labeller: LabellerFilter = None,
+    name: ClassFilter = None,
+    held_for: HeldFilter = None,
+    everything: AllOption = False,
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Delete labels that wait. They are learned only if they are sent again."""
+    _ask(config, "drop", stream, None, reason, by_topic, url, held=_held(ids, labeller, name, held_for, everything))
+
+
+@classes_app.command("list")
+def classes_list(
+    stream: StreamArgument, config: ConfigOption = None, format: Format = "text", url: UrlOption = None
+) -> None:
+    """Classes with what was learned of them, and names that are nearly the same as another."""
+    rows = _page(config, stream, "classes", url, {})
+    if format == "json":
+        for row in rows:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    _table(
+        ["class", "labels", "recall", "scored", "first seen", "nearly the same", "was"],
+        [
+            [
+                row["class"],
+                str(row["labels_learned"]),
+                "" if row["recall"] is None else f"{row['recall']:.3f}",
+                str(row["scored"]),
+                row["first_seen"][:19],
+                ", ".join(row["alike"]),
+                ", ".join(row["was"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+@classes_app.command("rename")
+def classes_rename(
+    stream: StreamArgument,
+    old: Annotated[str, typer.Argument(help="The name that goes.")],
+    new: Annotated[str, typer.Argument(help="A name that no class has.")],
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Name a class otherwise, in all that was learned; later labels of the old name are taken for the new one."""
+    _ask(config, "rename", stream, None, reason, by_topic, url, names=(old, new))
+
+
+@classes_app.command("merge")
+def classes_merge(
+    stream: StreamArgument,
+    old: Annotated[str, typer.Argument(help="The class that goes.")],
+    new: Annotated[str, typer.Argument(help="The class that it becomes part of.")],
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    yes: YesOption = False,
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Make one class of two. It cannot be undone: which example was of which is not kept."""
+    if not yes:
+        typer.confirm(f"{stream}: merge {old!r} into {new!r} for good?", abort=True)
+    _ask(config, "merge", stream, None, reason, by_topic, url, names=(old, new))
+
+
 def _end(sentence: str, code: int) -> NoReturn:
     typer.echo(f"trimtab: {sentence}", err=True)
     raise typer.Exit(code)
@@ -886,6 +1061,8 @@ def _ask(
     url: str | None,
     force: bool = False,
     event_ids: Sequence[str] = (),
+    held: HeldLabels | None = None,
+    names: tuple[str, str] | None = None,
 ) -> None:
     """Ask the learner for something, and end with what became of it."""
     settings = _settings(config)
@@ -905,6 +1082,9 @@ def _ask(
             who=getuser(),
             force=force,
             event_ids=tuple(event_ids),
+            held=held,
+            old=names and names[0],
+            new=names and names[1],
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -924,6 +1104,19 @@ def _ask(
             typer.echo(f"{title}: {place}")
 
 
+def _held(
+    ids: Sequence[int] | None, labeller: str | None, label: str | None, reason: str | None, everything: bool
+) -> HeldLabels:
+    from pydantic import ValidationError
+
+    from learner.control import HeldLabels
+
+    try:
+        return HeldLabels(ids=tuple(ids or ()), labeller=labeller, label=label, reason=reason, all=everything)
+    except ValidationError as error:
+        _end(error.errors(include_url=False)[0]["msg"].removeprefix("Value error, "), 2)
+
+
 def _ask_by_topic(settings: Settings, request: ControlRequest) -> None:
     from deploy.messages import Publisher, check_topic
     from learner.control import SIGNATURE, sign
@@ -941,13 +1134,41 @@ def _ask_by_topic(settings: Settings, request: ControlRequest) -> None:
 
 
 def _ask_by_http(settings: Settings, request: ControlRequest, url: str | None) -> ControlAnswer:
-    import urllib.error
-    import urllib.parse
-    import urllib.request
-
     from pydantic import ValidationError
 
     from learner.control import ControlAnswer
+
+    body = request.model_dump_json(exclude={"action", "stream"}).encode()
+    base, status, content = _call(settings, url, request.stream, request.action, body)
+    if status not in (200, 202, 409):
+        _end(f"the learner at {base} answered {status}: {_refusal(content)}", 1)
+    try:
+        return ControlAnswer.model_validate_json(content)
+    except ValidationError:
+        _end(f"what answers at {base} is no learner: {content[:200]!r}", 1)
+
+
+def _page(config: Path | None, stream: str, what: str, url: str | None, query: Mapping[str, Any]) -> Any:
+    """What the learner shows of a stream."""
+    import urllib.parse
+
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    wanted = f"{what}?{urllib.parse.urlencode(query)}" if query else what
+    base, status, content = _call(settings, url, stream, wanted, None)
+    if status != 200:
+        _end(f"the learner at {base} answered {status}: {_refusal(content)}", 1)
+    try:
+        return json.loads(content)
+    except ValueError:
+        _end(f"what answers at {base} is no learner: {content[:200]!r}", 1)
+
+
+def _call(settings: Settings, url: str | None, stream: str, what: str, body: bytes | None) -> tuple[str, int, bytes]:
+    """The learner's address, its status and what it says; a body makes it a POST."""
+    import urllib.error
+    import urllib.parse
+    import urllib.request
 
     http = settings.learner.http
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(http.host, http.host)
@@ -956,26 +1177,19 @@ def _ask_by_http(settings: Settings, request: ControlRequest, url: str | None) -
         raise Misconfigured(f"--learner {base!r}: give an address such as http://127.0.0.1:6070")
     token = http.secret()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
-    body = request.model_dump_json(exclude={"action", "stream"}).encode()
-    where = f"{base}/streams/{urllib.parse.quote(request.stream, safe='')}/{request.action}"
+    where = f"{base}/streams/{urllib.parse.quote(stream, safe='')}/{what}"
     try:
         with urllib.request.urlopen(urllib.request.Request(where, body, headers), timeout=60) as answer:
-            content = answer.read()
+            return base, answer.status, answer.read()
     except urllib.error.HTTPError as refusal:
-        content = refusal.read()
-        if refusal.code != 409:
-            _end(f"the learner at {base} answered {refusal.code}: {_refusal(content)}", 1)
+        return base, refusal.code, refusal.read()
     except OSError as error:
         why = error.reason if isinstance(error, urllib.error.URLError) else error
+        ways = "Give --learner URL" if body is None else "Give --learner URL, or --by-topic"
         _end(
-            f"no learner answers at {base} ({why}): is it running (`trimtab learner`), and is learner.http right? "
-            "Give --learner URL, or --by-topic",
+            f"no learner answers at {base} ({why}): is it running (`trimtab learner`), and is learner.http right? {ways}",
             1,
         )
-    try:
-        return ControlAnswer.model_validate_json(content)
-    except ValidationError:
-        _end(f"what answers at {base} is no learner: {content[:200]!r}", 1)
 
 
 def _refusal(content: bytes) -> str:

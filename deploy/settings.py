@@ -34,6 +34,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from learner.control import ControlSettings
 from learner.exam import ExamSettings, GuardSettings
 from learner.finetune import FineTuneSettings
+from learner.trust import TrustSettings
 from monitoring.drift import DriftSettings
 from replay.policy import ReplaySettings
 from replay.store import StoreSettings
@@ -231,9 +232,11 @@ class StreamSettings(_Block):
     labels: tuple[str, ...] = Field(default=(), description="labels known at the start, may be none")
     closed: bool = Field(default=False, description="true: no label beyond those is taken")
     new_classes: NewClassSettings = NewClassSettings()
-    labellers: Literal["latest", "majority"] = Field(
-        default="latest", description="whose label counts when several labellers answer one event"
+    labellers: Literal["latest", "majority", "weighted"] = Field(
+        default="latest",
+        description="whose label counts when several labellers answer one event; weighted: majority by confidence",
     )
+    trust: TrustSettings = TrustSettings()
     prior: Literal["uniform", "sqrt", "empirical"] = Field(
         default="sqrt",
         description="how much a frequent class is favoured: not at all, by the root of its frequency, or fully",

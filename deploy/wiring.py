@@ -32,6 +32,7 @@ from stream.worker import Classifier, Parts, Worker
 
 if TYPE_CHECKING:
     from learner.app import Parts as LearnerParts
+    from learner.curation import Curator
     from learner.joining import EventLog, Joiner
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
     from learner.trainer import Trainer
@@ -177,6 +178,7 @@ def _learner_parts(
     return LearnerParts(
         reader,
         learning.joiner,
+        learning.curator,
         learning.learners,
         learning.trainer,
         learning.drift,
@@ -198,6 +200,7 @@ class Learning:
     learners: Mapping[str, OnlineLearner]
     drift: Mapping[str, DriftMonitor]
     joiner: Joiner
+    curator: Curator
     trainer: Trainer
 
 
@@ -218,6 +221,7 @@ def build_learning(
         shelf: makes the place where encoders lie ready; `EncoderShelf` when not given.
         clock: the time, in UTC.
     """
+    from learner.curation import Curator
     from learner.joining import Joiner, JoinTopics
     from learner.online import EncoderShelf, OnlineLearner
     from learner.trainer import Course, Trainer, Triggers
@@ -255,6 +259,16 @@ def build_learning(
         metrics,
         clock,
     )
+    curator = Curator(
+        store,
+        joiner,
+        learners,
+        {name: stream.trust for name, stream in settings.streams.items()},
+        {name: stream.labellers for name, stream in settings.streams.items()},
+        topics.name("labels"),
+        metrics,
+        clock,
+    )
     courses = {
         name: Course(stream.kind, stream.finetune, stream.exam, Triggers(**stream.triggers.model_dump()))
         for name, stream in settings.streams.items()
@@ -271,7 +285,7 @@ def build_learning(
         clock,
         settings.learner.device,
     )
-    return Learning(store, registry, epoch, learners, drift, joiner, trainer)
+    return Learning(store, registry, epoch, learners, drift, joiner, curator, trainer)
 
 
 def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:

@@ -17,9 +17,10 @@ import json
 import logging
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -28,14 +29,15 @@ from confluent_kafka import KafkaError, Message, Producer
 from faust.web import View
 
 from learner.control import ControlAnswer, ControlRequest, Gate, Refused
+from learner.curation import Curator
 from learner.joining import Joiner
 from learner.online import OnlineLearner
 from learner.registry import BrokenVersion, Registry
 from learner.trainer import Trainer
 from learner.unlearning import Erasure, forget
 from monitoring.drift import DriftMonitor, Kind
-from monitoring.metrics import Metrics
-from replay.store import LearnerStore, Outgoing
+from monitoring.metrics import QUARANTINE_REASONS, Metrics
+from replay.store import Held, LearnerStore, Outgoing
 from stream.batches import Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
 from stream.events import encode
@@ -122,6 +124,7 @@ class Parts:
 
     reader: Reader
     joiner: Joiner
+    curator: Curator
     learners: Mapping[str, OnlineLearner]
     trainer: Trainer
     drift: Mapping[str, DriftMonitor]
@@ -249,6 +252,7 @@ class LearnerApp:
                         learned = await loop.run_in_executor(self._learning, self.parts.joiner.step, batch)
                         for stream, count in learned.items():
                             self.parts.trainer.learned(stream, count)
+                        await loop.run_in_executor(self._learning, self.parts.curator.learned, learned)
                     await self._announce()
                     self.shell.health.ready("source")
                 except RetryLater as error:
@@ -324,6 +328,11 @@ class LearnerApp:
             metrics.set_bounded(metrics.replay_examples, stream, {name: float(n) for name, n in counts.items()})
             metrics.classes.labels(stream).set(len(learner.sums.counts))
             metrics.serving(stream, learner.serving.name)
+            waiting = parts.store.quarantine_counts(stream)
+            for reason in QUARANTINE_REASONS:
+                metrics.quarantined.labels(stream, reason).set(waiting.get(reason, 0))
+            metrics.suspects.labels(stream).set(len(parts.store.doubts(stream)))
+            metrics.alike_classes.labels(stream).set(len(parts.curator.alike(stream)))
             forgetting = self._forgetting(stream)
             metrics.set_bounded(metrics.forgetting, stream, forgetting)
             drifting = self._look_at_drift(stream, parts.drift[stream])
@@ -431,6 +440,16 @@ class LearnerApp:
             case "resume":
                 learner.resume(now)
                 return f"{learner.serving.name} is in service and follows the labels"
+            case "release" | "drop":
+                assert request.held is not None
+                held = Held(**request.held.model_dump(exclude={"all"}))
+                change = parts.curator.release if request.action == "release" else parts.curator.drop
+                return change(request.stream, held)
+            case "rename" | "merge":
+                if parts.trainer.courses[request.stream].running:
+                    raise Refused("a fine-tune of the stream is running and knows the old name; ask when it has ended")
+                merge = request.action == "merge"
+                return parts.curator.rename(request.stream, str(request.old), str(request.new), merge=merge)
         return self._put_in_service(request, learner, now)
 
     def _put_in_service(self, request: ControlRequest, learner: OnlineLearner, now: datetime) -> str:
@@ -499,8 +518,54 @@ class LearnerApp:
             for row in self.parts.store.versions(stream)
         ]
 
+    def _quarantine(self, stream: str, query: Mapping[str, str]) -> dict[str, Any]:
+        """What waits in quarantine, at most 1,000 labels a page, and how the labellers stand.
+
+        Args:
+            query: `labeller`, `label` and `reason` to choose by, `after` an id to read on from, `limit`.
+        """
+        parts = self.parts
+        held = Held(labeller=query.get("labeller"), label=query.get("label"), reason=query.get("reason"))
+        numbers = [query.get(name, default) for name, default in (("after", "0"), ("limit", "100"))]
+        if not all(number.isdecimal() for number in numbers):
+            raise Refused("after and limit are whole numbers")
+        after, limit = (min(int(number), 2**53) for number in numbers)
+        doubts = {doubt.labeller: doubt for doubt in parts.store.doubts(stream)}
+        standings = parts.curator.standings(stream)
+        return {
+            "waiting": parts.store.quarantine_counts(stream),
+            "labels": [
+                {
+                    "id": row.id,
+                    "reason": row.reason,
+                    "detail": row.detail,
+                    "set_aside_at": row.at,
+                    "place": row.place,
+                    **row.label.model_dump(),
+                }
+                for row in parts.store.quarantined(stream, min(limit, 1_000), held, after)
+            ],
+            "labellers": [
+                {
+                    "labeller": name,
+                    "believed": name not in doubts,
+                    "since": doubts[name].since if name in doubts else None,
+                    "why": doubts[name].why if name in doubts else "",
+                    **(asdict(standings[name]) if name in standings else {}),
+                }
+                for name in sorted({*doubts, *standings})
+            ],
+        }
+
     def _classes(self, stream: str) -> list[dict[str, Any]]:
         store = self.parts.store
+        near: dict[str, list[str]] = defaultdict(list)
+        for pair in self.parts.curator.alike(stream):
+            near[pair.one].append(pair.other)
+            near[pair.other].append(pair.one)
+        once: dict[str, list[str]] = defaultdict(list)
+        for name, into in store.aliases(stream).items():
+            once[into].append(name)
         best, counts = store.best_recall(stream), self.parts.learners[stream].sums.counts
         recalls = store.recalls(stream, last=RECALL_WINDOW)
         return [
@@ -511,6 +576,8 @@ class LearnerApp:
                 "scored": recalls[name][1] if name in recalls else 0,
                 "best_recall": best.get(name),
                 "first_seen": first,
+                "alike": near.get(name, []),
+                "was": once.get(name, []),
             }
             for name, first in store.classes(stream).items()
         ]
@@ -523,14 +590,21 @@ class LearnerApp:
             "classes": self._classes,
         }
 
-        async def read(view: Any, stream: str, what: str) -> Any:
+        async def read(view: Any, stream: str, what: str, query: Mapping[str, str] | None = None) -> Any:
             if not learner._opened.is_set():
                 return shell.json(view, {"error": "starting"}, 503)
             if stream not in learner.parts.learners:
                 return shell.json(view, {"error": f"stream {stream!r} is not configured"}, 404)
+            loop = asyncio.get_running_loop()
+            if what == "quarantine":
+                try:
+                    page = await loop.run_in_executor(learner._learning, learner._quarantine, stream, dict(query or {}))
+                except Refused as refusal:
+                    return shell.json(view, {"error": str(refusal)}, 400)
+                return shell.json(view, page)
             if what not in readers:
                 return shell.json(view, {"error": f"there is no page {what!r}"}, 404)
-            found = await asyncio.get_running_loop().run_in_executor(learner._learning, readers[what], stream)
+            found = await loop.run_in_executor(learner._learning, readers[what], stream)
             return shell.json(view, found)
 
         @app.page("/streams")  # type: ignore[untyped-decorator]
@@ -550,7 +624,7 @@ class LearnerApp:
         @app.page("/streams/{stream}/{what}")  # type: ignore[untyped-decorator]
         class Page(View):  # type: ignore[misc]
             async def get(self, request: Any, stream: str, what: str) -> Any:
-                return await read(self, stream, what)
+                return await read(self, stream, what, request.query)
 
             async def post(self, request: Any, stream: str, what: str) -> Any:
                 # A browser sends no such type across sites without asking first, so a foreign page cannot act.

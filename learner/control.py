@@ -13,10 +13,10 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 from uuid import uuid4
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from stream.errors import Misconfigured, TrimtabError
 from stream.events import EventId, utc_now
@@ -25,7 +25,7 @@ SIGNATURE = "trimtab-signature"
 FRESH = timedelta(minutes=5)
 REMEMBERED = 10_000
 
-Action = Literal["retrain", "promote", "rollback", "pause", "resume", "forget"]
+Action = Literal["retrain", "promote", "rollback", "pause", "resume", "forget", "release", "drop", "rename", "merge"]
 
 
 class Refused(TrimtabError):
@@ -57,15 +57,36 @@ class ControlSettings(BaseModel):
         return self.secret.get_secret_value().encode() if self.secret else None
 
 
+class HeldLabels(BaseModel):
+    """Which labels in quarantine a request means: those that fit everything that is given."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ids: tuple[int, ...] = Field(default=(), max_length=500)
+    labeller: str | None = Field(default=None, min_length=1, max_length=200)
+    label: str | None = Field(default=None, min_length=1, max_length=128)
+    reason: str | None = Field(default=None, min_length=1, max_length=100)
+    all: bool = False
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        if self.all == bool(self.ids or self.labeller or self.label or self.reason):
+            raise ValueError("say which labels: ids, labeller, label or reason, or all of them")
+        return self
+
+
 class ControlRequest(BaseModel):
     """One thing asked of the learner.
 
     Args:
         action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning,
-            `forget` events.
+            `forget` events, `release` labels from quarantine or `drop` them, `rename` a class or `merge` it into another.
         stream: which stream.
         version: for promote and rollback: `v12`, or `v12.3456` for an exact revision.
         event_ids: for forget.
+        held: for release and drop.
+        old: for rename and merge: the name that goes.
+        new: for rename and merge: the name that stands for it.
         reason: why, for the audit.
         who: who asks, for the audit.
         force: promote a version that did not pass its exam; the audit says so.
@@ -78,10 +99,21 @@ class ControlRequest(BaseModel):
     stream: str = Field(min_length=1, max_length=100)
     version: str | None = Field(default=None, pattern=r"^v[0-9]{1,9}(\.[0-9]{1,12})?$")
     event_ids: tuple[EventId, ...] = Field(default=(), max_length=40)
+    held: HeldLabels | None = None
+    old: str | None = Field(default=None, max_length=500)
+    new: str | None = Field(default=None, max_length=500)
     reason: str = Field(default="", max_length=1000)
     who: str = Field(default="", max_length=200)
     force: bool = False
     issued_at: AwareDatetime = Field(default_factory=utc_now)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.action in ("release", "drop") and self.held is None:
+            raise ValueError(f"{self.action} needs held, which says which labels")
+        if self.action in ("rename", "merge") and not (self.old and self.new):
+            raise ValueError(f"{self.action} needs old and new")
+        return self
 
 
 class ControlAnswer(BaseModel):

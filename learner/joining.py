@@ -15,13 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from learner.encoders import payload
 from learner.online import OnlineLearner
 from monitoring.drift import DriftMonitor
 from monitoring.metrics import Metrics
-from replay.store import Content, LearnerStore, Outgoing, Quarantined
+from replay.store import Content, LearnerStore, Outgoing, Quarantined, Reconciled, Transaction
 from stream.batches import Batch, Partition
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Label, Place, Prediction, Record
@@ -29,6 +29,8 @@ from stream.join import Change, EventKey, Joined, join, touched
 from stream.worker import dead_letter, known_stream
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", Label, Prediction)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Joiner:
         self._learners, self._drift, self._topics, self._rules = learners, drift, topics, rules
         self._metrics, self._clock = metrics, clock
         self._offsets: dict[Partition, int] = {}
+        self._aliases: dict[str, dict[str, str]] = {}
 
     def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Where the store's offsets say that each partition is to be read from; told to the reader."""
@@ -100,19 +103,15 @@ class Joiner:
         labels, quarantined = self._within_quota(labels, now)
         known = self._store.known(touched(predictions, labels))
         joined = join(known, predictions, labels, self._rules)
-        contents, too_late = self._contents(joined.changes)
         moves = {p: (self._offsets.get(p), end) for p, end in batch.ends.items()}
-        with self._store.transaction(self._epoch, now) as tx:
+
+        def also(tx: Transaction) -> None:
             tx.advance(moves)
-            tx.record(joined)
-            reconciled = tx.reconcile(joined.changes, contents, too_late)
             tx.quarantine(quarantined)
             tx.send(outgoing)
+
+        reconciled = self.apply(joined, now, also)
         self._offsets.update(batch.ends)
-        for learner in self._learners.values():
-            learner.follow()
-        for stream in reconciled.unlearned:
-            self._learners[stream].relearned()
         for (stream, outcome), count in refused.items():
             self._metrics.labels.labels(stream, outcome).inc(count)
         self._count(joined, predictions, labels, quarantined, now)
@@ -123,6 +122,38 @@ class Joiner:
                 learned[stream] += count
         return learned
 
+    def apply(self, joined: Joined, now: datetime, also: Callable[[Transaction], None]) -> Reconciled:
+        """Make what was joined true, and what `also` writes, in one transaction; then follow the ledger.
+
+        Raises:
+            RetryLater: the broker or the database is away; nothing was kept.
+            Superseded: another learner owns the store.
+        """
+        contents, too_late = self._contents(joined.changes)
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.record(joined)
+            reconciled = tx.reconcile(joined.changes, contents, too_late)
+            also(tx)
+        for learner in self._learners.values():
+            learner.follow()
+        for stream in reconciled.unlearned:
+            self._learners[stream].relearned()
+        return reconciled
+
+    def name_now(self, stream: str, name: str) -> str:
+        """The name of a class since it was renamed or merged."""
+        if stream not in self._aliases:
+            self._aliases[stream] = self._store.aliases(stream)
+        return self._aliases[stream].get(name, name)
+
+    def closed_labels(self, stream: str) -> frozenset[str] | None:
+        """The only names that labels of the stream may have; None where they are free."""
+        return self._decoder.rules[stream].closed_labels
+
+    def renamed(self, stream: str) -> None:
+        """Names of the stream's classes have changed: know them anew."""
+        self._aliases.pop(stream, None)
+
     def _decode(
         self, records: Sequence[Record], now: datetime
     ) -> tuple[list[tuple[Prediction, Place]], list[tuple[Label, Place]], list[Outgoing]]:
@@ -132,9 +163,10 @@ class Joiner:
         for record in records:
             try:
                 if record.topic == self._topics.labels:
-                    labels.append((self._decoder.label(record), record.place))
+                    labels.append((self._renamed(self._decoder.label(record)), record.place))
                 else:
-                    predictions.append((self._decoder.prediction(record), record.place))
+                    # A worker may not have heard of the new name yet.
+                    predictions.append((self._renamed(self._decoder.prediction(record)), record.place))
             except DeadLetter as refusal:
                 self._metrics.dead_letters.labels(known_stream(self._decoder, record), refusal.reason).inc()
                 logger.info("dead letter %s[%d]@%d: %s", record.topic, record.partition, record.offset, refusal)
@@ -161,28 +193,44 @@ class Joiner:
             refused,
         )
 
+    def _renamed(self, message: M) -> M:
+        if message.label is None:
+            return message
+        name = self.name_now(message.stream, message.label)
+        return message if name == message.label else message.model_copy(update={"label": name})
+
     def _within_quota(
         self, labels: list[tuple[Label, Place]], now: datetime
     ) -> tuple[list[tuple[Label, Place]], list[Quarantined]]:
         """The labels to join, and those set aside because their class name is beyond the stream's bounds."""
         kept: list[tuple[Label, Place]] = []
         aside: list[Quarantined] = []
+        named: dict[str, set[str]] = defaultdict(set)
+        for label, _ in labels:
+            if label.label is not None:
+                named[label.stream].add(label.label)
         known: dict[str, set[str]] = {}
+        total: dict[str, int] = {}
         made_today: dict[str, int] = {}
+        # Asked by name: what a batch costs must not grow with the classes that there are, or were invented.
+        for stream, names in named.items():
+            configured = self._learners[stream].plan.labels
+            known[stream] = self._store.known_classes(stream, names | configured)
+            total[stream] = self._store.class_total(stream) + len(configured - known[stream])
+            known[stream] |= configured
+            made_today[stream] = self._store.classes_created_on(stream, now.date())
         for label, place in labels:
             if label.label is None:
                 kept.append((label, place))
                 continue
             stream = label.stream
-            if stream not in known:
-                known[stream] = set(self._store.classes(stream)) | self._learners[stream].plan.labels
-                made_today[stream] = self._store.classes_created_on(stream, now.date())
             if label.label not in known[stream]:
                 plan = self._learners[stream].plan
-                if len(known[stream]) >= plan.max_classes or made_today[stream] >= plan.max_new_classes_a_day:
+                if total[stream] >= plan.max_classes or made_today[stream] >= plan.max_new_classes_a_day:
                     aside.append(Quarantined(label, place, str(Reason.CLASS_QUOTA)))
                     continue
                 known[stream].add(label.label)
+                total[stream] += 1
                 made_today[stream] += 1
             kept.append((label, place))
         return kept, aside

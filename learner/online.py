@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +45,9 @@ SAVE_SUMS_EVERY = 20_000
 
 COMPACT_EVERY = timedelta(minutes=1)
 """How long a withdrawn label's embedding may stay in the ledger beside the row that cancels it."""
+FOLDS = 4
+HELD_OUT_FROM = 3
+"""Examples of a class without which a head cannot be said to know it."""
 
 PACKAGES = ("torch", "transformers", "avalanche-lib", "numpy", "trimtab")
 
@@ -94,6 +98,21 @@ class EncoderShelf:
             encoder = load_encoder(spec, files, self.device)
             self._loaded[digest] = encoder
         return encoder
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """What a head says of an example that did not teach it.
+
+    Args:
+        label: the likeliest class; None while there is none.
+        probability: of that class.
+        known: the classes that this head was taught enough of.
+    """
+
+    label: str | None
+    probability: float
+    known: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -268,6 +287,37 @@ class OnlineLearner:
             self._reference_count += 1
             self._reference += (point - self._reference) / self._reference_count
         return float(np.linalg.norm(point - self._reference))
+
+    def held_out(
+        self, event_ids: Sequence[str], embeddings: npt.NDArray[np.int16], taught: Sequence[str | None]
+    ) -> list[HeldOut]:
+        """What heads that were not taught by these examples say of them.
+
+        In folds: the sums are exact, so a head without a fold is a subtraction away, whatever a head is made of.
+
+        Args:
+            embeddings: (n, d), learned under the encoder of the learning line.
+            taught: for each the class that the sums hold it under; None where they do not hold it.
+        """
+        fold = np.array([crc32(event_id.encode()) % FOLDS for event_id in event_ids])
+        found = [HeldOut(None, 0.0, frozenset())] * len(event_ids)
+        for number in range(FOLDS):
+            rows = np.flatnonzero(fold == number).tolist()
+            inside = [row for row in rows if taught[row] is not None]
+            sums = self.sums.copy()
+            sums.subtract(embeddings[inside], [str(taught[row]) for row in inside])
+            head = solve(sums, prior=self.plan.prior)
+            if head is None or not len(rows):
+                continue
+            known = frozenset(name for name, count in sums.counts.items() if count >= HELD_OUT_FROM)
+            answer = head.answer(dequantise(embeddings[rows], self.encoder.spec.bound), 1)
+            for row, labels, best in zip(rows, answer.labels, answer.probabilities, strict=True):
+                found[row] = HeldOut(labels[0], float(best[0]), known)
+        return found
+
+    def relabelled(self) -> None:
+        """Classes were renamed: what the guard holds them by is read again."""
+        self._guard_set = None
 
     def follow(self) -> int:
         """Take in what the ledger gained; returns how many rows that were."""

@@ -56,6 +56,7 @@ LABEL_OUTCOMES = (
     "disagreed",
     "superseded",
 )
+QUARANTINE_REASONS = ("class_quota", "labeller_untrusted", "label_burst")
 SCORED_OUTCOMES = ("right", "wrong")
 REVISION_OUTCOMES = ("announced", "held")
 VERSION_OUTCOMES = ("promoted", "refused", "rolled_back", "failed")
@@ -214,6 +215,15 @@ class Metrics:
             registry=into,
         )
         self.classes = Gauge("trimtab_classes", "Classes that the instant head knows.", ["stream"], registry=into)
+        self.alike_classes = Gauge(
+            "trimtab_alike_classes", "Pairs of class names that are nearly the same.", ["stream"], registry=into
+        )
+        self.quarantined = Gauge(
+            "trimtab_quarantined_labels", "Labels that wait in quarantine.", ["stream", "reason"], registry=into
+        )
+        self.suspects = Gauge(
+            "trimtab_suspect_labellers", "Labellers who are not believed unseen.", ["stream"], registry=into
+        )
         self.revisions = Counter(
             "trimtab_revisions_total",
             "Revisions of the instant head, announced or held.",
@@ -328,8 +338,16 @@ class Metrics:
                 self.drift_score.labels(stream, kind)
                 self.drift_state.labels(stream, kind)
             self.repeated_events.labels(stream)
-            for gauge in (self.classes, self.finetune_running, self.finetune_progress):
+            for gauge in (
+                self.classes,
+                self.finetune_running,
+                self.finetune_progress,
+                self.suspects,
+                self.alike_classes,
+            ):
                 gauge.labels(stream)
+            for reason in QUARANTINE_REASONS:
+                self.quarantined.labels(stream, reason)
             for histogram in (self.label_delay, self.finetune_seconds):
                 histogram.labels(stream)
 

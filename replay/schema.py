@@ -93,8 +93,11 @@ labels = _table(
     _int("partition"),
     _int("offset"),
     sa.Column("confidence", sa.Float),
+    sa.Column("released", sa.Boolean),
     _time("arrived_at"),
     sa.Index("labels_arrived", "arrived_at"),
+    sa.Index("labels_recent", "stream", "labelled_at"),
+    sa.Index("labels_named", "stream", "label"),
 )
 classes = _table(
     "classes",
@@ -102,6 +105,16 @@ classes = _table(
     _text("name", key=True),
     _time("created_at"),
     _int("learned"),
+)
+aliases = _table("aliases", _text("stream", key=True), _text("name", key=True), _text("into"), _time("at"))
+suspects = _table(
+    "suspects",
+    _text("stream", key=True),
+    _text("labeller", key=True),
+    _time("since"),
+    sa.Column("wholly", sa.Boolean, nullable=False),
+    _text("why"),
+    _time("at"),
 )
 examples = _table(
     "examples",
@@ -258,6 +271,7 @@ quarantine = _table(
     _text("labeller"),
     _text("label"),
     _text("reason"),
+    _text("detail", null=True),
     _text("topic"),
     _int("partition"),
     _int("offset"),

@@ -31,7 +31,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
 
@@ -71,6 +71,12 @@ class StoreSettings(BaseModel):
     )
     ledger_retention: timedelta = Field(
         default=timedelta(days=90), description="how long a learned label can still be corrected or withdrawn"
+    )
+    quarantine_size: int = Field(
+        default=100_000, ge=1, description="labels that may wait in quarantine; the oldest go first"
+    )
+    quarantine_retention: timedelta = Field(
+        default=timedelta(days=90), description="how long a label waits in quarantine"
     )
     exam_seed: int = Field(default=0, ge=0, description="another seed gives other events to the exam")
     exam_one_in: int = Field(default=5, ge=2, description="one event in this many may be given to the exam")
@@ -196,13 +202,56 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A label set aside, such as one whose class name came beyond the day's quota."""
+    """A label set aside, such as one whose class name came beyond the day's quota.
+
+    Args:
+        reason: one of a few words that a metric can count by.
+        detail: a sentence for a person; may be empty.
+    """
 
     label: Label
     place: Place
     reason: str
     at: datetime | None = None
     id: int = 0
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Which labels in quarantine are meant: those that fit everything that is given."""
+
+    ids: tuple[int, ...] = ()
+    labeller: str | None = None
+    label: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Doubt:
+    """A labeller whose labels are checked from a moment (`labelled_at`) on, and why; see `learner.trust`."""
+
+    labeller: str
+    since: datetime
+    wholly: bool
+    why: str
+    at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Claimed:
+    """One labeller's label of one learned event, beside what is learned of that event.
+
+    Args:
+        learned: the label that counts.
+        exam: whether the event is in the exam, so that no head was taught by it.
+    """
+
+    said: Labelled
+    learned: str
+    exam: bool
+    embedding: Embedding
+    encoder: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +321,7 @@ class Purged:
         examples: learned labels that are from now on fixed.
         ledger: ledger rows that a head's sums already hold.
         scores: scores past the retention.
+        quarantine: labels that waited in quarantine for too long, or were too many.
     """
 
     served: int = 0
@@ -280,6 +330,7 @@ class Purged:
     examples: int = 0
     ledger: int = 0
     scores: int = 0
+    quarantine: int = 0
 
 
 class LearnerStore:
@@ -366,15 +417,7 @@ class LearnerStore:
         with self._read() as connection:
             labels: dict[EventKey, dict[str, Labelled]] = {}
             for row in _rows(connection, t.labels, keys):
-                labels.setdefault((row.stream, row.event_id), {})[row.labeller] = Labelled(
-                    stream=row.stream,
-                    event_id=row.event_id,
-                    labeller=row.labeller,
-                    label=row.label,
-                    labelled_at=moment(row.labelled_at),
-                    at=(row.partition, row.offset),
-                    confidence=row.confidence,
-                )
+                labels.setdefault((row.stream, row.event_id), {})[row.labeller] = _labelled(row)
             c = t.examples.c
             return Known(
                 served={(row.stream, row.event_id): _served(row) for row in _rows(connection, t.served, keys)},
@@ -514,6 +557,65 @@ class LearnerStore:
         with self._read() as connection:
             rows = connection.execute(sa.select(c.name, c.created_at).where(c.stream == stream).order_by(c.name))
             return {row.name: moment(row.created_at) for row in rows}
+
+    def known_classes(self, stream: str, names: Collection[str]) -> set[str]:
+        """Which of these names the stream has; what it costs grows with `names`, not with the stream's classes."""
+        c = t.classes.c
+        with self._read() as connection:
+            return {
+                name
+                for chunk in _chunks(sorted(names))
+                for name in connection.scalars(sa.select(c.name).where(c.stream == stream, c.name.in_(chunk)))
+            }
+
+    def class_total(self, stream: str) -> int:
+        """How many class names the stream has."""
+        query = sa.select(sa.func.count()).where(t.classes.c.stream == stream)
+        with self._read() as connection:
+            return connection.scalar(query) or 0
+
+    def aliases(self, stream: str) -> dict[str, str]:
+        """Names that classes had before they were renamed or merged, and the names that stand for them now."""
+        c = t.aliases.c
+        with self._read() as connection:
+            rows = connection.execute(sa.select(c.name, c.into).where(c.stream == stream).order_by(c.name))
+            return {row.name: row.into for row in rows}
+
+    def events_of(self, stream: str, name: str) -> set[EventKey]:
+        """The events that a label or what is learned gives this class."""
+        with self._read() as connection:
+            return {
+                (stream, event_id)
+                for table in (t.labels, t.examples)
+                for event_id in connection.scalars(
+                    sa.select(table.c.event_id).where(table.c.stream == stream, table.c.label == name)
+                )
+            }
+
+    def claims(self, stream: str, encoder: str, limit: int) -> list[Claimed]:
+        """The newest labels by `labelled_at` of events that are learned under `encoder`, newest first."""
+        c, e = t.labels.c, t.examples.c
+        query = (
+            sa.select(t.labels, e.label.label("learned"), e.exam, e.embedding, e.encoder)
+            .join(t.examples, sa.and_(e.stream == c.stream, e.event_id == c.event_id))
+            .where(c.stream == stream, c.label.is_not(None), e.encoder == encoder)
+            .order_by(c.labelled_at.desc(), c.event_id.desc(), c.labeller.desc())
+            .limit(limit)
+        )
+        with self._read() as connection:
+            return [
+                Claimed(_labelled(row), row.learned, row.exam, _embedding(row.embedding), row.encoder)
+                for row in connection.execute(query)
+            ]
+
+    def doubts(self, stream: str) -> list[Doubt]:
+        """The labellers who are suspects, by name."""
+        c = t.suspects.c
+        with self._read() as connection:
+            return [
+                Doubt(row.labeller, moment(row.since), row.wholly, row.why, moment(row.at))
+                for row in connection.execute(sa.select(t.suspects).where(c.stream == stream).order_by(c.labeller))
+            ]
 
     def classes_created_on(self, stream: str, day: date) -> int:
         """How many class names were new on this day, in UTC."""
@@ -664,9 +766,17 @@ class LearnerStore:
             for chunk in _chunks(sorted(ids)):
                 connection.execute(sa.delete(t.outbox).where(t.outbox.c.id.in_(chunk)))
 
-    def quarantined(self, stream: str | None = None, limit: int = 1_000) -> list[Quarantined]:
-        """The labels set aside, oldest first."""
-        query = sa.select(t.quarantine).order_by(t.quarantine.c.id).limit(limit)
+    def quarantined(
+        self, stream: str | None = None, limit: int = 1_000, held: Held | None = None, after: int = 0
+    ) -> list[Quarantined]:
+        """The labels set aside, oldest first.
+
+        Args:
+            held: only those that it means.
+            after: only those with a greater id, to read on where `limit` cut.
+        """
+        query = sa.select(t.quarantine).where(t.quarantine.c.id > after, *_held(held or Held()))
+        query = query.order_by(t.quarantine.c.id).limit(limit)
         if stream is not None:
             query = query.where(t.quarantine.c.stream == stream)
         with self._read() as connection:
@@ -677,9 +787,17 @@ class LearnerStore:
                     reason=row.reason,
                     at=moment(row.at),
                     id=row.id,
+                    detail=row.detail or "",
                 )
                 for row in connection.execute(query)
             ]
+
+    def quarantine_counts(self, stream: str) -> dict[str, int]:
+        """How many labels of the stream wait in quarantine, by reason."""
+        c = t.quarantine.c
+        query = sa.select(c.reason, sa.func.count().label("many")).where(c.stream == stream).group_by(c.reason)
+        with self._read() as connection:
+            return {row.reason: row.many for row in connection.execute(query)}
 
     def sizes(self) -> dict[str, int]:
         """Rows in each table that a gauge watches: served, labels, examples, ledger, outbox, quarantine."""
@@ -872,6 +990,7 @@ class Transaction:
                     "partition": row.at[0],
                     "offset": row.at[1],
                     "confidence": row.confidence,
+                    "released": row.released,
                     "arrived_at": self._now,
                 }
                 for row in joined.labels
@@ -894,6 +1013,19 @@ class Transaction:
             ],
         )
         _delete(self._connection, t.scores, joined.unscored)
+        if joined.unlabelled:
+            c = t.labels.c
+            self._connection.execute(
+                sa.delete(t.labels).where(
+                    c.stream == sa.bindparam("key_stream"),
+                    c.event_id == sa.bindparam("key_event"),
+                    c.labeller == sa.bindparam("key_labeller"),
+                ),
+                [
+                    {"key_stream": stream, "key_event": event_id, "key_labeller": labeller}
+                    for (stream, event_id), labeller in joined.unlabelled
+                ],
+            )
         self._name_classes(dict.fromkeys(joined.class_names, 0))
 
     def reconcile(
@@ -1254,12 +1386,72 @@ class Transaction:
                 "topic": row.place.topic,
                 "partition": row.place.partition,
                 "offset": row.place.offset,
+                "detail": row.detail,
                 "message": row.label.model_dump_json().encode(),
                 "at": self._now,
             }
             for row in labels
         ]
         put(self._connection, t.quarantine, rows, update=())
+
+    def drop(self, stream: str, held: Held) -> int:
+        """Delete labels from quarantine for good; returns how many those were."""
+        gone = 0
+        for part in _chunks(sorted(held.ids)) if held.ids else [()]:
+            these = _held(replace(held, ids=tuple(part)))
+            gone += self._connection.execute(
+                sa.delete(t.quarantine).where(t.quarantine.c.stream == stream, *these)
+            ).rowcount
+        return gone
+
+    def doubt(self, stream: str, doubt: Doubt) -> None:
+        """From now on the labeller is a suspect."""
+        row = {"since": micros(doubt.since), "wholly": doubt.wholly, "why": doubt.why, "at": self._now}
+        put(self._connection, t.suspects, [{"stream": stream, "labeller": doubt.labeller, **row}])
+
+    def trust(self, stream: str, labeller: str) -> bool:
+        """The labeller is no suspect any more; returns whether it was one."""
+        c = t.suspects.c
+        gone = self._connection.execute(sa.delete(t.suspects).where(c.stream == stream, c.labeller == labeller))
+        return gone.rowcount > 0
+
+    def name_as(self, stream: str, old: str, new: str) -> None:
+        """Whatever named the class `old` names `new`, but for labels and what is learned: `reconcile` them first.
+
+        Answers that were served, scores, the class list and the names that led to `old` follow. The best recall
+        moves with a name that nobody had; two classes made one are measured anew.
+
+        Raises:
+            ValueError: something is still learned as `old`.
+        """
+        c = t.classes.c
+        rows = {
+            row.name: row
+            for row in self._connection.execute(sa.select(t.classes).where(c.stream == stream, c.name.in_([old, new])))
+        }
+        if old in rows and rows[old].learned:
+            raise ValueError(f"{rows[old].learned} examples of {stream!r} are still learned as {old!r}")
+        if old in rows:
+            first = min(row.created_at for row in rows.values())
+            self._connection.execute(sa.delete(t.classes).where(c.stream == stream, c.name == old))
+            row = {"stream": stream, "name": new, "created_at": first, "learned": 0}
+            put(self._connection, t.classes, [row], update=("created_at",))
+        s = t.scores.c
+        for table, column in ((t.served, t.served.c.label), (t.scores, s.predicted), (t.scores, s.label)):
+            self._connection.execute(
+                sa.update(table).where(table.c.stream == stream, column == old).values({column.name: new})
+            )
+        b = t.best_recall.c
+        merged = self._connection.scalar(sa.select(b.recall).where(b.stream == stream, b["class"] == new)) is not None
+        these = sa.and_(b.stream == stream, b["class"].in_([old, new]))
+        if merged:
+            self._connection.execute(sa.delete(t.best_recall).where(these))
+        else:
+            self._connection.execute(sa.update(t.best_recall).where(these).values({"class": new}))
+        a = t.aliases.c
+        self._connection.execute(sa.delete(t.aliases).where(a.stream == stream, a.name == new))
+        self._connection.execute(sa.update(t.aliases).where(a.stream == stream, a.into == old).values(into=new))
+        put(self._connection, t.aliases, [{"stream": stream, "name": old, "into": new, "at": self._now}])
 
     def release(self, ids: Collection[int]) -> None:
         """Take labels out of quarantine; the caller joins them like new ones in the same transaction."""
@@ -1291,7 +1483,13 @@ class Transaction:
             sa.delete(t.ledger).where(t.ledger.c.at < retention, t.ledger.c.seq <= saved)
         ).rowcount
         scores = self._connection.execute(sa.delete(t.scores).where(t.scores.c.scored_at < retention)).rowcount
-        return Purged(served, too_late, payloads, fixed, ledger, scores)
+        aside = self._purge_quarantine(micros(self.now - settings.quarantine_retention), settings.quarantine_size)
+        return Purged(served, too_late, payloads, fixed, ledger, scores, aside)
+
+    def _purge_quarantine(self, expired: int, bound: int) -> int:
+        c = t.quarantine.c
+        beyond = sa.select(c.id).order_by(c.id.desc()).offset(bound).limit(1).scalar_subquery()
+        return self._connection.execute(sa.delete(t.quarantine).where(sa.or_(c.at < expired, c.id <= beyond))).rowcount
 
     def _enter(self, book: _Book, change: Change, row: Any, content: Content | None) -> None:
         """Enter one change into the book."""
@@ -1577,6 +1775,19 @@ def _lesson(row: Any) -> Lesson:
     return Lesson(row.label, _ref(row), moment(row.observed_at), moment(row.labelled_at))
 
 
+def _labelled(row: Any) -> Labelled:
+    return Labelled(
+        stream=row.stream,
+        event_id=row.event_id,
+        labeller=row.labeller,
+        label=row.label,
+        labelled_at=moment(row.labelled_at),
+        at=(row.partition, row.offset),
+        confidence=row.confidence,
+        released=bool(row.released),
+    )
+
+
 def _served(row: Any) -> Served:
     return Served(
         stream=row.stream,
@@ -1608,6 +1819,13 @@ def _rows(
         for chunk in _chunks(event_ids):
             query = sa.select(*chosen).where(table.c.stream == stream, table.c.event_id.in_(chunk))
             yield from connection.execute(query)
+
+
+def _held(held: Held) -> list[Any]:
+    c = t.quarantine.c
+    exact = ((c.labeller, held.labeller), (c.label, held.label), (c.reason, held.reason))
+    where: list[Any] = [column == value for column, value in exact if value is not None]
+    return [*where, c.id.in_(held.ids)] if held.ids else where
 
 
 def _delete(connection: sa.Connection, table: sa.Table, keys: Sequence[EventKey]) -> None:

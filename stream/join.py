@@ -21,6 +21,7 @@ in the same state:
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -70,7 +71,11 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """What one labeller says of one event; `label` None when it was withdrawn."""
+    """What one labeller says of one event; `label` None when it was withdrawn.
+
+    Args:
+        released: a person took it out of quarantine, so no review sets it aside again.
+    """
 
     stream: str
     event_id: str
@@ -79,6 +84,7 @@ class Labelled:
     labelled_at: datetime
     at: At
     confidence: float | None = None
+    released: bool = False
 
     @property
     def key(self) -> EventKey:
@@ -196,6 +202,7 @@ class Joined:
     Args:
         served: join index rows to insert or replace.
         labels: label rows to insert or replace.
+        unlabelled: (event, labeller) of label rows that go; only `settle` has any.
         scores: score rows to insert or replace.
         unscored: events whose score goes, because no label of theirs is left.
         changes: events whose learned state must change.
@@ -215,6 +222,7 @@ class Joined:
     label_outcomes: Counter[tuple[str, str]]
     prediction_outcomes: Counter[tuple[str, str]]
     first_scores: Counter[tuple[str, str]]
+    unlabelled: tuple[tuple[EventKey, str], ...] = ()
 
 
 Rule = Callable[[Sequence[Labelled]], Labelled]
@@ -233,7 +241,18 @@ def majority(labels: Sequence[Labelled]) -> Labelled:
     return latest([label for label in labels if votes[label.label] == most])
 
 
-RULES: Mapping[str, Rule] = {"latest": latest, "majority": majority}
+def weighted(labels: Sequence[Labelled]) -> Labelled:
+    """Like `majority`, each vote counting as much as its `confidence`; a label that gives none counts in full."""
+    votes: dict[str | None, list[float]] = {}
+    for label in labels:
+        votes.setdefault(label.label, []).append(1.0 if label.confidence is None else label.confidence)
+    # fsum is exact, so the order of the labellers cannot decide between two near sums.
+    weights = {name: math.fsum(confidences) for name, confidences in votes.items()}
+    most = max(weights.values())
+    return latest([label for label in labels if weights[label.label] == most])
+
+
+RULES: Mapping[str, Rule] = {"latest": latest, "majority": majority, "weighted": weighted}
 """How labellers who disagree are combined, by the name that the settings use."""
 
 
@@ -248,19 +267,22 @@ def join(
     predictions: Iterable[tuple[Prediction, Place]],
     labels: Iterable[tuple[Label, Place]],
     rules: Mapping[str, str] | None = None,
+    *,
+    released: bool = False,
 ) -> Joined:
     """Bring new messages, each with its place in its own topic, together with what is known.
 
     Args:
         known: the store's rows for every event in `touched(predictions, labels)`.
         rules: the name in `RULES` by stream; `latest` for a stream not named.
+        released: the labels come out of quarantine.
 
     Raises:
         KeyError: a rule that `RULES` does not have.
     """
     labels = list(labels)
     served, prediction_outcomes = _join_predictions(known, predictions)
-    spoken, label_outcomes, accepted = _join_labels(known, labels)
+    spoken, label_outcomes, accepted = _join_labels(known, labels, released)
 
     changes: list[Change] = []
     scores: list[Score] = []
@@ -310,6 +332,49 @@ def join(
     )
 
 
+def settle(
+    known: Known, labels: Mapping[EventKey, Mapping[str, Labelled]], rules: Mapping[str, str] | None = None
+) -> Joined:
+    """What must change where the label rows of some events become others: some are set aside, or renamed.
+
+    Args:
+        known: the store's rows for every event in `labels`.
+        labels: by event, all of its label rows as they are to be, by labeller; a labeller left out goes.
+        rules: as for `join`.
+    """
+    changes: list[Change] = []
+    scores: list[Score] = []
+    unscored: list[EventKey] = []
+    for key in sorted(labels):
+        stream, event_id = key
+        live = [label for label in labels[key].values() if label.label is not None]
+        effective = RULES[(rules or {}).get(stream, "latest")](live) if live else None
+        answer, lesson, old = known.served.get(key), known.learned.get(key), known.scores.get(key)
+        change = Change(stream, event_id, _desired(effective, answer, lesson), lesson)
+        if change.desired != change.learned:
+            changes.append(change)
+        new = _score(effective, answer, old)
+        if new is None and old is not None:
+            unscored.append(key)
+        elif new is not None and new != old:
+            scores.append(new)
+    rows = [(key, name, row) for key, after in labels.items() for name, row in after.items()]
+    return Joined(
+        served=(),
+        labels=tuple(row for key, name, row in rows if known.labels.get(key, {}).get(name) != row),
+        scores=tuple(scores),
+        unscored=tuple(unscored),
+        changes=tuple(changes),
+        class_names=frozenset(),
+        label_outcomes=Counter(),
+        prediction_outcomes=Counter(),
+        first_scores=Counter(),
+        unlabelled=tuple(
+            (key, name) for key, after in labels.items() for name in known.labels.get(key, {}) if name not in after
+        ),
+    )
+
+
 def _join_predictions(
     known: Known, predictions: Iterable[tuple[Prediction, Place]]
 ) -> tuple[dict[EventKey, Served], Counter[tuple[str, str]]]:
@@ -340,7 +405,7 @@ def _join_predictions(
 
 
 def _join_labels(
-    known: Known, labels: Iterable[tuple[Label, Place]]
+    known: Known, labels: Iterable[tuple[Label, Place]], released: bool
 ) -> tuple[dict[EventKey, dict[str, Labelled]], Counter[tuple[str, str]], dict[EventKey, list[Labelled]]]:
     """The rows that change, what to count, and of the rows those that say something new."""
     rows: dict[EventKey, dict[str, Labelled]] = {}
@@ -355,6 +420,7 @@ def _join_labels(
             labelled_at=message.labelled_at,
             at=(place.partition, place.offset),
             confidence=message.confidence,
+            released=released,
         )
         spoken = rows.setdefault(new.key, {})
         fresh = accepted.setdefault(new.key, {})
