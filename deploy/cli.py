@@ -676,7 +676,7 @@ def quarantine_list(
     limit: Annotated[int, typer.Option(help="Labels shown at most.", min=1, max=1_000)] = 100,
     after: Annotated[int, typer.Option(help="Only ids above this, to read on.", min=0)] = 0,
     config: ConfigOption = None,
-    format: Format = "text",
+    format: Format = "text",  # noqa: A002
     url: UrlOption = None,
 ) -> None:
     """Labels that wait, oldest first, with the reason; and how the labellers stand."""
@@ -770,7 +770,10 @@ def quarantine_drop(
 
 @classes_app.command("list")
 def classes_list(
-    stream: StreamArgument, config: ConfigOption = None, format: Format = "text", url: UrlOption = None
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    format: Format = "text",  # noqa: A002
+    url: UrlOption = None,
 ) -> None:
     """Classes with what was learned of them, and names that are nearly the same as another."""
     rows = _page(config, stream, "classes", url, {})
@@ -1187,7 +1190,8 @@ def _call(settings: Settings, url: str | None, stream: str, what: str, body: byt
         why = error.reason if isinstance(error, urllib.error.URLError) else error
         ways = "Give --learner URL" if body is None else "Give --learner URL, or --by-topic"
         _end(
-            f"no learner answers at {base} ({why}): is it running (`trimtab learner`), and is learner.http right? {ways}",
+            f"no learner answers at {base} ({why}): is it running (`trimtab learner`), and is learner.http right? "
+            f"{ways}",
             1,
         )
 
