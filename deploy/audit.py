@@ -240,6 +240,7 @@ def _judge_labels(
     topic, offsets = settings.topics.name("labels"), store.offsets()
     aside = {row.place for row in store.quarantined(limit=1_000_000)} | parked
     horizon = settings.learner.memory.horizon
+    aliases = {name: store.aliases(name) for name in settings.streams}
     combine = {name: stream.labellers for name, stream in settings.streams.items()}
     all_joined = _joined_all(settings, store)
     lost: list[str] = []
@@ -281,7 +282,10 @@ def _judge_labels(
             audit.labels_waiting += 1
         else:
             try:
-                chunk.append((decoder.label(record), record.place, _past(record.timestamp_ms, horizon)))
+                found = decoder.label(record)
+                name = aliases.get(found.stream, {}).get(found.label or "", found.label)
+                renamed = found if name == found.label else found.model_copy(update={"label": name})
+                chunk.append((renamed, record.place, _past(record.timestamp_ms, horizon)))
             except DeadLetter:
                 lost.append(f"the malformed one at {record.partition}:{record.offset}, which is not in dead letters")
         if len(chunk) == _CHUNK:

@@ -80,7 +80,8 @@ class ControlRequest(BaseModel):
 
     Args:
         action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning,
-            `forget` events, `release` labels from quarantine or `drop` them, `rename` a class or `merge` it into another.
+            `forget` events, `release` labels from quarantine or `drop` them, `rename` a class or `merge` it into
+            another.
         stream: which stream.
         version: for promote and rollback: `v12`, or `v12.3456` for an exact revision.
         event_ids: for forget.

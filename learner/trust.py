@@ -48,7 +48,7 @@ class TrustSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = Field(default=True, description="false: every labeller is believed, whatever it says")
+    enabled: bool = Field(default=False, description="false: every labeller is believed, whatever it says")
     every_labels: int = Field(default=250, ge=1, description="new labels between two reviews")
     window: int = Field(default=2_000, ge=100, le=50_000, description="newest labels that a review looks at")
     confidence: float = Field(
