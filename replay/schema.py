@@ -134,17 +134,9 @@ examples = _table(
     sa.Column("exam", sa.Boolean, nullable=False),
     _int("trained_in", null=True),
     _time("learned_at"),
-    sa.Index("examples_class", "stream", "label", "exam"),
+    # As far as what a class owes the exam: else every label would look at all examples of its class.
+    sa.Index("examples_class", "stream", "label", "exam", "eligible", "trained_in"),
 )
-_due = sa.and_(
-    examples.c.exam.is_(False),
-    examples.c.eligible.is_(True),
-    examples.c.trained_in.is_(None),
-    examples.c.payload.is_not(None),
-)
-# What the exam is due, of the classes that have too few for it yet: without it every label would look at all
-# examples of its class.
-sa.Index("examples_due", examples.c.stream, examples.c.label, sqlite_where=_due, postgresql_where=_due)
 encoders = _table("encoders", _text("stream", key=True), _text("encoder"))
 ledger = _table(
     "ledger",

@@ -526,14 +526,10 @@ class LearnerStore:
     def experience(self, stream: str) -> list[Example]:
         """What the next fine-tune sees: the replay store's members, and all that no run has trained on."""
         with self._read() as connection:
-            members = self._members(connection, stream)
-            c = t.examples.c
-            new = connection.scalars(
-                sa.select(c.event_id).where(
-                    c.stream == stream, c.exam.is_(False), c.trained_in.is_(None), c.payload.is_not(None)
-                )
-            )
-            return self._examples(connection, stream, {*members, *new}, exam=False, since_run=None)
+            rows = self._candidates(connection, stream)
+            new = {row.event_id for row in rows if row.trained_in is None}
+            # Events and embeddings are read of these alone, however many have been trained on and let go.
+            return self._examples(connection, stream, new | self._select(stream, rows), exam=False, since_run=None)
 
     def class_counts(self, stream: str, *, member_only: bool = False, exam: bool | None = None) -> dict[str, int]:
         """How many examples each class has, of those that `examples` would return."""
@@ -823,12 +819,18 @@ class LearnerStore:
         return self._engine.dialect.name == "sqlite"
 
     def _members(self, connection: sa.Connection, stream: str) -> frozenset[str]:
-        settings = self.replay(stream)
+        return self._select(stream, self._candidates(connection, stream))
+
+    def _candidates(self, connection: sa.Connection, stream: str) -> Sequence[Any]:
+        """What the policy chooses from, without the events."""
         c = t.examples.c
-        columns = [c.event_id, c.label, c.priority, c.observed_at]
+        columns = [c.event_id, c.label, c.priority, c.observed_at, c.trained_in]
+        query = sa.select(*columns, *([c.embedding] if self.replay(stream).policy == "herding" else []))
+        return connection.execute(query.where(c.stream == stream, c.exam.is_(False), c.payload.is_not(None))).all()
+
+    def _select(self, stream: str, rows: Sequence[Any]) -> frozenset[str]:
+        settings = self.replay(stream)
         herding = settings.policy == "herding"
-        query = sa.select(*columns, *([c.embedding] if herding else []))
-        rows = connection.execute(query.where(c.stream == stream, c.exam.is_(False), c.payload.is_not(None)))
         return select(
             settings,
             (
@@ -1614,7 +1616,8 @@ class Transaction:
         return tuple(gone), tuple(back)
 
     def _move(self, stream: str, query: sa.Select[Any], *, exam: bool) -> list[EventKey]:
-        rows = self._connection.execute(query.order_by(t.examples.c.event_id)).all()
+        # Put in order here: asked to do it, SQLite would walk the whole stream by its key, for a handful of rows.
+        rows = sorted(self._connection.execute(query), key=lambda row: str(row.event_id))
         book = _Book(self._now)
         for row in rows:
             book.enter(stream, row.encoder, row.event_id, -1 if exam else 1, row.label, row.embedding)
