@@ -185,6 +185,7 @@ def test_an_unreachable_broker_is_one_sentence(
         (["worker", "--pin", "intents=v1.2"], 2, "needs --group and --predictions"),
         (["retrain", "intent"], 2, "did you mean intents?"),
         (["retrain", "intents"], 1, "no learner answers at http://127.0.0.1:"),
+        (["forget", "e1"], 2, "unique within its stream only: give --stream, one of intents, storm"),
         (["versions", "promote", "intents", "12"], 2, "version: "),
         (["versions", "show", "intents", "v9"], 1, "v9"),
         (["versions", "prune", "intents"], 2, "prune where the learner runs"),
@@ -351,7 +352,13 @@ class Learner(BaseHTTPRequestHandler):
         action = self.path.rpartition("/")[2]
         good = action != "promote"
         answer = ControlAnswer(
-            id=body["id"], action=action, stream="intents", accepted=good, message="begun" if good else "v3 is unknown"
+            id=body["id"],
+            action=action,
+            stream="intents",
+            accepted=good,
+            message="begun" if good else "v3 is unknown",
+            cleaned=("ledger: 1 row",) if action == "forget" else (),
+            not_reached=("log: until its retention ends",) if action == "forget" else (),
         )
         self.send_response(202 if good else 409)
         self.end_headers()
@@ -390,6 +397,20 @@ def test_the_learner_is_asked_by_http_with_the_token(quiet: Path) -> None:
     assert asked[0][2]["reason"] == "new season"
     assert asked[1][2]["force"] is True
     assert asked[2][2]["version"] == "v2.17"
+
+
+def test_forgetting_says_what_was_reached_and_what_was_not(quiet: Path) -> None:
+    """Whoever promised somebody to delete something must know what is left to do."""
+    with learner() as (url, asked):
+        done = run("forget", "e1", "e2", "--stream", "intents", "--learner", url)
+    assert done.stdout.splitlines() == [
+        "begun",
+        "Cleaned: ledger: 1 row",
+        "Not reached: log: until its retention ends",
+    ]
+    ((path, _, body),) = asked
+    assert path == "/streams/intents/forget"
+    assert body["event_ids"] == ["e1", "e2"]
 
 
 def test_the_learner_is_asked_by_topic_with_a_signature(prefix: str, kafka: KafkaBroker) -> None:
@@ -435,6 +456,21 @@ def test_versions_are_listed_and_shown(registry: Registry) -> None:
     assert [row["version"] for row in rows if row["in_service"]] == ["v5"]
     assert "in service" in run("versions", "list", "intents").stdout
     assert "strategy replay, seed 2" in run("versions", "show", "intents", "v3").stdout
+
+
+def test_a_version_that_cannot_be_made_again_says_so(registry: Registry) -> None:
+    """A rebuild that is needed one day must not be counted on."""
+    engine = schema.connect("sqlite:///trimtab-data/learner.db")
+    row = {"stream": "intents", "number": 4, "state": "promoted", "encoder": "", "head": "", "created_at": 0}
+    with engine.execution_options(writes=True).begin() as connection:
+        connection.execute(sa.insert(schema.versions), [{**row, "detail": {"forgotten": 2}}])
+    engine.dispose()
+    said = "not rebuildable: 2 examples forgotten"
+    rows = [json.loads(line) for line in run("versions", "list", "--format", "json").stdout.splitlines()]
+    assert {row["version"]: row["rebuildable"] for row in rows if row["rebuildable"]} == {"v4": said}
+    assert said in run("versions", "list", "intents").stdout
+    assert said in run("versions", "show", "intents", "v4").stdout
+    assert said not in run("versions", "show", "intents", "v3").stdout
 
 
 def test_pruning_asks_keeps_what_is_named_and_can_be_tried(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
