@@ -144,6 +144,7 @@ class KafkaReader:
         self.settings = settings
         self._starts = starts
         self._next: dict[Partition, int] = {}
+        self._begun: dict[Partition, int] = {}
         self._held: set[Partition] = set()
         self._generation = 0
         self._rewind = threading.Event()
@@ -223,7 +224,8 @@ class KafkaReader:
             except KafkaException:
                 continue
             if high >= 0:
-                read = self._next.get(partition, max(low, 0))
+                # Before its first message a partition is read up to where it was left, and not from its beginning.
+                read = self._next.get(partition, self._begun.get(partition, max(low, 0)))
                 lag[topic] = lag.get(topic, 0) + max(0, high - read)
         return lag
 
@@ -263,7 +265,19 @@ class KafkaReader:
             for p in partitions:
                 p.offset = starts.get((p.topic, p.partition), OFFSET_BEGINNING)
             consumer.assign(partitions)
+            self._begun.update({p: offset for p, offset in starts.items() if p in self._held})
+        else:
+            self._note_commits(consumer, partitions)
         logger.info("partitions assigned: %s", _names(partitions))
+
+    def _note_commits(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        """Where the group left these partitions, for the lag; without an answer it is counted from their beginning."""
+        try:
+            found = consumer.committed(partitions, timeout=5)
+        except KafkaException as error:
+            logger.warning("the lag is not known yet: %s", error)
+            return
+        self._begun.update({(p.topic, p.partition): p.offset for p in found if p.offset >= 0})
 
     def _on_revoke(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._generation += 1
@@ -279,6 +293,7 @@ class KafkaReader:
         for p in partitions:
             self._held.discard((p.topic, p.partition))
             self._next.pop((p.topic, p.partition), None)
+            self._begun.pop((p.topic, p.partition), None)
 
 
 class KafkaWriter:
