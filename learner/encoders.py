@@ -37,7 +37,7 @@ Payload = str | Window
 
 WEIGHTS, TOKENIZER, CONFIG = "weights.safetensors", "tokenizer.json", "config.json"
 TEXT_BATCH_TOKENS = 1024
-"""What one forward pass takes on a CPU: at 4,096 tokens the activations leave the cache, and it is a fifth slower."""
+"""What one forward pass takes on a CPU. With 4,096, short questions took two fifths more time here on two cores."""
 TEXT_BATCH_TOKENS_CUDA = 65_536
 TELEMETRY_BATCH_VALUES = 1 << 18
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
