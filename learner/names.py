@@ -18,7 +18,7 @@ SHORT = 4
 SHOWN = 1_000
 """Pairs found at most; who has so many has another trouble."""
 SHARING = 50
-"""Names compared of those that share a form, so that numbered names by the thousand cost no more than others."""
+"""Names compared of those that share a form, so that invented names by the thousand cost no more than others."""
 
 _DIGITS = re.compile(r"\d+")
 
@@ -34,18 +34,20 @@ class Alike(NamedTuple):
 def alike(names: Iterable[str]) -> list[Alike]:
     """The pairs of names that are alike, sorted; at most `SHOWN`.
 
-    Every name is cut to the forms with one character less, and names that share a form are compared
-    (Garbe's symmetric deletes), so the time grows with the characters of all names and not with their pairs.
+    Every name is cut to the forms with one character less, and names that share a form and their digits are
+    compared (Garbe's symmetric deletes), so the time grows with the characters of all names and not with their pairs.
     """
-    forms: dict[str, list[str]] = defaultdict(list)
+    forms: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for name in sorted(set(names)):
         plain = _plain(name)
-        forms[plain].append(name)
+        digits = tuple(_DIGITS.findall(plain))
+        cuts = {plain}
         if len(plain) >= SHORT:
-            for cut in {plain[:at] + plain[at + 1 :] for at in range(len(plain))}:
-                forms[cut].append(name)
+            cuts |= {plain[:at] + plain[at + 1 :] for at in range(len(plain))}
+        for cut in cuts:
+            forms[cut, digits].append(name)
     found: set[Alike] = set()
-    for sharing in (names[:SHARING] for names in forms.values()):
+    for sharing in (names[:SHARING] for names in forms.values() if len(names) > 1):
         for at, one in enumerate(sharing):
             for other in sharing[at + 1 :]:
                 if len(found) >= SHOWN:

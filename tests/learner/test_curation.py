@@ -16,7 +16,7 @@ from replay.store import Held
 from tests.learner.desk import STREAM, Desk
 
 CLASSES = [f"class {letter}" for letter in "abcdef"]
-WATCHFUL = TrustSettings(enabled=True, every_labels=100, window=1_000)
+WATCHFUL = TrustSettings(every_labels=100, window=1_000)
 
 
 @pytest.fixture
