@@ -188,6 +188,7 @@ class Curator:
                 known.add(name)
             labels.append((row.label.model_copy(update={"label": name}), row.place))
             ids.append(row.id)
+        _, labels, refused = self._joiner.learnable([], labels)
         whole = held.labeller is not None and replace(held, labeller=None) == Held()
         believed = False
 
@@ -203,6 +204,8 @@ class Curator:
             done.append(f"{held.labeller} is believed again")
         if not rows:
             done.append("no such label is in quarantine")
+        if refused:
+            done.append(f"{refused.total()} of them too late to teach anything")
         if len(ids) < len(rows):
             done.append(f"{len(rows) - len(ids)} stay, the stream has its {plan.max_classes} classes")
         if len(rows) == AT_ONCE:
@@ -255,7 +258,7 @@ class Curator:
         joined = settle(known, after, self._rules)
         self._joiner.apply(joined, now, lambda tx: tx.name_as(stream, old, new))
         self._joiner.renamed(stream)
-        learner.relabelled()
+        learner.relearned()
         learner.announce(now, guard=False)
         verb = "merged into" if merge else "renamed to"
         return f"{old!r} is {verb} {new!r}: {len(keys)} labelled events; later labels of the old name follow"

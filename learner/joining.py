@@ -99,7 +99,7 @@ class Joiner:
         """
         now = self._clock()
         predictions, labels, outgoing = self._decode(batch.records, now)
-        predictions, labels, refused = self._learnable(predictions, labels)
+        predictions, labels, refused = self.learnable(predictions, labels)
         labels, quarantined = self._within_quota(labels, now)
         known = self._store.known(touched(predictions, labels))
         joined = join(known, predictions, labels, self._rules)
@@ -174,7 +174,7 @@ class Joiner:
                 outgoing.append(Outgoing(message.topic, message.key, message.value, message.headers))
         return predictions, labels, outgoing
 
-    def _learnable(
+    def learnable(
         self, predictions: list[tuple[Prediction, Place]], labels: list[tuple[Label, Place]]
     ) -> tuple[list[tuple[Prediction, Place]], list[tuple[Label, Place]], Counter[tuple[str, str]]]:
         """Without what speaks of a forgotten event, and without labels of what can no longer be corrected."""

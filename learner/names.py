@@ -1,8 +1,8 @@
 """Class names that are too alike to be meant as two.
 
 Pure. Two names are alike when they differ in case, spaces and punctuation only, or by one edit: a letter too
-many, another letter, or two neighbours changed round (Damerau 1964). One edit is not counted in short names
-and in digits, because `G1` and `G2` are two classes.
+many, another letter, or two neighbours changed round (Damerau 1964). One edit is not counted in short names,
+in digits and in words of one letter, because `G1` and `G2` are two classes, and `camera a` and `camera b` as well.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ SHORT = 4
 SHOWN = 1_000
 """Pairs found at most; who has so many has another trouble."""
 SHARING = 50
-"""Names compared of those that share a form, so that numbered names by the thousand cost no more than others."""
+"""Names compared of those that share a form, so that invented names by the thousand cost no more than others."""
 
-_DIGITS = re.compile(r"\d+")
+_MARKS = re.compile(r"\d+|\b[^\W\d_]\b")
 
 
 class Alike(NamedTuple):
@@ -34,18 +34,18 @@ class Alike(NamedTuple):
 def alike(names: Iterable[str]) -> list[Alike]:
     """The pairs of names that are alike, sorted; at most `SHOWN`.
 
-    Every name is cut to the forms with one character less, and names that share a form are compared
-    (Garbe's symmetric deletes), so the time grows with the characters of all names and not with their pairs.
+    Every name is cut to the forms with one character less, and names that share a form and their marks are
+    compared (Garbe's symmetric deletes), so the time grows with the characters of all names and not with their pairs.
     """
-    forms: dict[str, list[str]] = defaultdict(list)
+    forms: dict[tuple[str, tuple[str, ...]], list[str]] = defaultdict(list)
     for name in sorted(set(names)):
         plain = _plain(name)
-        forms[plain].append(name)
+        forms[plain, ()].append(name)
         if len(plain) >= SHORT:
-            for cut in {plain[:at] + plain[at + 1 :] for at in range(len(plain))}:
-                forms[cut].append(name)
+            for cut in {plain, *(plain[:at] + plain[at + 1 :] for at in range(len(plain)))}:
+                forms[cut, ("", *_marks(name))].append(name)
     found: set[Alike] = set()
-    for sharing in (names[:SHARING] for names in forms.values()):
+    for sharing in (names[:SHARING] for names in forms.values() if len(names) > 1):
         for at, one in enumerate(sharing):
             for other in sharing[at + 1 :]:
                 if len(found) >= SHOWN:
@@ -61,7 +61,7 @@ def why_alike(one: str, other: str) -> str | None:
     a, b = _plain(one), _plain(other)
     if a == b:
         return "case or space"
-    if min(len(a), len(b)) < SHORT or _DIGITS.findall(a) != _DIGITS.findall(b):
+    if min(len(a), len(b)) < SHORT or _marks(one) != _marks(other):
         return None
     return "one edit" if _one_edit(a, b) else None
 
@@ -70,6 +70,11 @@ def _plain(name: str) -> str:
     """A name without case, spaces and punctuation; one that is nothing else stays as it is."""
     folded = unicodedata.normalize("NFKC", name).casefold()
     return "".join(character for character in folded if character.isalnum()) or folded
+
+
+def _marks(name: str) -> tuple[str, ...]:
+    """Numbers and words of one letter: what tells the members of a series apart."""
+    return tuple(_MARKS.findall(unicodedata.normalize("NFKC", name).casefold()))
 
 
 def _one_edit(a: str, b: str) -> bool:

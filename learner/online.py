@@ -315,10 +315,6 @@ class OnlineLearner:
                 found[row] = HeldOut(labels[0], float(best[0]), known)
         return found
 
-    def relabelled(self) -> None:
-        """Classes were renamed: what the guard holds them by is read again."""
-        self._guard_set = None
-
     def follow(self) -> int:
         """Take in what the ledger gained; returns how many rows that were."""
         count = 0
@@ -346,7 +342,7 @@ class OnlineLearner:
             self._saved_seq, self._removed, self._compacted_at = self._seq, False, now
 
     def relearned(self) -> None:
-        """Some labels were corrected or withdrawn: examples held to guard by may be among them."""
+        """Some labels were corrected, withdrawn or renamed: examples held to guard by may be among them."""
         self._guard_set = None
 
     def forget(self, event_ids: Collection[str], now: datetime) -> Forgotten:

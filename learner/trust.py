@@ -39,8 +39,8 @@ Flags = npt.NDArray[np.bool_]
 
 PERIODS = 8
 """Stretches of time, of equal numbers of claims, within which labellers are compared."""
-BURST_CLASSES = 3
-"""Fewer classes than this are no burst but a boundary that moved."""
+MOVED = 0.8
+"""Where two classes alone give more than this share of what is contradicted, a boundary moved: no burst."""
 
 
 class TrustSettings(BaseModel):
@@ -48,7 +48,7 @@ class TrustSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    enabled: bool = Field(default=False, description="false: every labeller is believed, whatever it says")
+    enabled: bool = Field(default=True, description="false: every labeller is believed, whatever it says")
     every_labels: int = Field(default=250, ge=1, description="new labels between two reviews")
     window: int = Field(default=2_000, ge=100, le=50_000, description="newest labels that a review looks at")
     confidence: float = Field(
@@ -292,7 +292,8 @@ def _bursts(ordered: Sequence[Claim], settings: TrustSettings) -> list[Burst]:
 def _is_burst(named: Sequence[Claim], others: Sequence[Claim], settings: TrustSettings) -> bool:
     wrong = Counter(claim.reference for claim in named if claim.contradicted)
     total = wrong.total()
-    if total < settings.burst_labels or len(wrong) < BURST_CLASSES or 2 * max(wrong.values()) > total:
+    most = [count for _, count in wrong.most_common(2)]
+    if total < settings.burst_labels or 2 * most[0] > total or sum(most) > MOVED * total:
         return False
     judged = sum(claim.reference is not None for claim in named)
     elsewhere = [claim.contradicted for claim in others if claim.reference is not None]

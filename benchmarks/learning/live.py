@@ -258,17 +258,22 @@ class Live:
         self._step(records)
         return answers
 
-    def label(self, positions: Sequence[int], labels: Sequence[str]) -> None:
-        """Labels come, of events served before; what follows from them happens before the next."""
+    def label(self, positions: Sequence[int], labels: Sequence[str], labellers: Sequence[str] | None = None) -> None:
+        """Labels come, of events served before; what follows from them happens before the next.
+
+        Args:
+            labellers: who gives each of them; always the same one when not given.
+        """
+        who = ["default"] * len(positions) if labellers is None else labellers
         for start in range(0, len(positions), LABELS_A_STEP):
             records = []
-            for position, label in zip(
-                positions[start : start + LABELS_A_STEP], labels[start : start + LABELS_A_STEP], strict=True
-            ):
-                event_id, _ = self._ids.pop(position)
-                message = Label(event_id=event_id, stream=STREAM, label=label, labelled_at=self._now)
+            step = slice(start, start + LABELS_A_STEP)
+            for position, label, labeller in zip(positions[step], labels[step], who[step], strict=True):
+                event_id, _ = self._ids[position]
+                message = Label(event_id=event_id, stream=STREAM, label=label, labeller=labeller, labelled_at=self._now)
                 records.append((self._topics.name("labels"), encode(message)))
             learned = self._step(records)
+            self.learning.curator.learned(learned)
             self._learner.announce(self._now)
             self._learner.save(self._now)
             self.held += bool(self._learner.held)
@@ -277,6 +282,8 @@ class Live:
                 for stream, count in learned.items():
                     self.learning.trainer.learned(stream, count)
                 self._fine_tune()
+        for position in set(positions):
+            del self._ids[position]
 
     def ask(self, payloads: Sequence[Payload]) -> list[str | None]:
         """Answers that leave no trace."""

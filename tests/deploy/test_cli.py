@@ -43,6 +43,10 @@ COMMANDS = [
     ["config", "schema"],
     ["topics"],
     ["topics", "create"],
+    ["quarantine"],
+    *(["quarantine", name] for name in ("list", "show", "release", "drop")),
+    ["classes"],
+    *(["classes", name] for name in ("list", "rename", "merge")),
     ["versions"],
     *(["versions", name] for name in ("list", "show", "promote", "rollback", "prune")),
     ["dead-letters"],
@@ -364,6 +368,28 @@ class Learner(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer.model_dump_json().encode())
 
+    def do_GET(self) -> None:
+        """A page: one label in quarantine, or one class with a twin."""
+        self.asked.append((self.path, self.headers["Authorization"], {}))
+        waiting = {
+            "id": 7,
+            "reason": "labeller_untrusted",
+            "detail": "contradicted",
+            "labeller": "night shift",
+            "label": "flare",
+            "event_id": "e1",
+            "labelled_at": "2024-05-01T00:00:00Z",
+        }
+        standing = {"labeller": "night shift", "believed": False, "since": "2024-05-01", "why": "contradicted"}
+        counted = {"labels": 90, "judged": 80, "contradicted": 20, "excess": 0.21, "surely": 5.0}
+        named = {"class": "Flare ", "labels_learned": 3, "recall": None, "scored": 0, "first_seen": "2024-05-01"}
+        page: Any = {"waiting": {"labeller_untrusted": 1}, "labels": [waiting], "labellers": [{**standing, **counted}]}
+        if self.path.endswith("/classes"):
+            page = [{**named, "alike": ["flare"], "was": []}]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(page).encode())
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
         """Say nothing."""
 
@@ -492,3 +518,41 @@ def test_a_record_of_another_make_is_still_a_letter() -> None:
 
     strange = letter(Record("dead", 0, 3, None, b"?", (("trimtab-topic", b"x"),)))
     assert (strange.reason, strange.original.topic, strange.original.headers) == ("", "", (("trimtab-topic", b"x"),))
+
+
+def test_quarantine_is_listed_with_its_reasons_and_the_labellers(quiet: Path) -> None:
+    """Whoever is to decide needs the label, the reason and how its labeller stands, and the filters must arrive."""
+    with learner() as (url, asked):
+        listed = run("quarantine", "list", "intents", "--labeller", "night shift", "--learner", url)
+        shown = run("quarantine", "show", "intents", "7", "--learner", url)
+        missing = run("quarantine", "show", "intents", "8", "--learner", url)
+    for word in ("7", "labeller_untrusted", "flare", "e1", "20 of 80", "+21.0%", "no, since 2024-05-01"):
+        assert word in listed.stdout
+    assert asked[0][0] == "/streams/intents/quarantine?labeller=night+shift&limit=100&after=0"
+    assert json.loads(shown.stdout)["event_id"] == "e1"
+    assert (missing.exit_code, "no label 8" in missing.stderr) == (1, True)
+
+
+def test_labels_are_released_and_dropped_by_what_is_named(quiet: Path) -> None:
+    """Nothing named must not mean everything."""
+    with learner() as (url, asked):
+        run("quarantine", "release", "intents", "7", "9", "--learner", url)
+        run("quarantine", "drop", "intents", "--for", "label_burst", "--class", "flare", "--learner", url)
+        nothing = run("quarantine", "drop", "intents", "--learner", url)
+    assert [path for path, _, _ in asked] == ["/streams/intents/release", "/streams/intents/drop"]
+    assert asked[0][2]["held"]["ids"] == [7, 9]
+    assert asked[1][2]["held"] == {"ids": [], "labeller": None, "label": "flare", "reason": "label_burst", "all": False}
+    assert (nothing.exit_code, "say which labels" in nothing.stderr) == (2, True)
+
+
+def test_classes_are_listed_with_their_twins_and_merged_only_when_sure(quiet: Path) -> None:
+    """A merge cannot be undone, so it is asked about first."""
+    with learner() as (url, asked):
+        listed = run("classes", "list", "intents", "--learner", url)
+        unsure = run("classes", "merge", "intents", "Flare", "flare", "--learner", url)
+        run("classes", "merge", "intents", "Flare", "flare", "--yes", "--learner", url)
+        run("classes", "rename", "intents", "flare", "solar flare", "--learner", url)
+    assert "flare" in listed.stdout
+    assert unsure.exit_code != 0
+    assert [path for path, _, _ in asked[1:]] == ["/streams/intents/merge", "/streams/intents/rename"]
+    assert (asked[1][2]["old"], asked[1][2]["new"]) == ("Flare", "flare")

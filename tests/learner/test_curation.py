@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from learner.app import LearnerApp
 from learner.control import Refused
 from learner.curation import BURST, UNTRUSTED
 from learner.trust import TrustSettings
@@ -16,7 +18,7 @@ from replay.store import Held
 from tests.learner.desk import STREAM, Desk
 
 CLASSES = [f"class {letter}" for letter in "abcdef"]
-WATCHFUL = TrustSettings(enabled=True, every_labels=100, window=1_000)
+WATCHFUL = TrustSettings(every_labels=100, window=1_000)
 
 
 @pytest.fixture
@@ -169,6 +171,30 @@ def test_dropped_labels_are_gone(desk: Callable[..., Desk]) -> None:
     assert [row.label.label for row in one.store.quarantined()] == ["r"]
     with pytest.raises(Refused, match="no such label"):
         one.curator.drop(STREAM, Held(label="q"))
+
+
+def test_the_page_says_what_waits_and_how_labellers_stand(desk: Callable[..., Desk]) -> None:
+    """What the command line prints comes from here; a page reads on where the one before ended."""
+    one = desk(trust=WATCHFUL)
+    one.say(honest(400) + flipped(honest(400, 2), 0.4))
+    app: Any = SimpleNamespace(
+        parts=SimpleNamespace(store=one.store, curator=one.curator, learners={STREAM: one.learner})
+    )
+    page = LearnerApp._quarantine(app, STREAM, {"labeller": "bob", "limit": "5"})
+    assert page["waiting"] == {UNTRUSTED: len(one.store.quarantined(limit=10_000))}
+    assert len(page["labels"]) == 5
+    assert {"id", "reason", "detail", "event_id", "label", "labeller", "labelled_at"} <= page["labels"][0].keys()
+    rest = LearnerApp._quarantine(app, STREAM, {"after": str(page["labels"][-1]["id"])})
+    assert len(rest["labels"]) == page["waiting"][UNTRUSTED] - 5
+    standing = {row["labeller"]: row for row in page["labellers"]}
+    assert standing["ann"]["believed"]
+    assert not standing["bob"]["believed"]
+    with pytest.raises(Refused, match="whole numbers"):
+        LearnerApp._quarantine(app, STREAM, {"after": "x"})
+    one.say([("class a", "Class A", "ann")])
+    alike = {row["class"]: row["alike"] for row in LearnerApp._classes(app, STREAM)}
+    assert alike["class a"] == ["Class A"]
+    assert alike["class b"] == []
 
 
 # Names

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from stream.events import Label, Place, Prediction
-from stream.join import Change, EventKey, Joined, Kind, Known, Labelled, Lesson, Served, join, touched
+from stream.join import RULES, Change, EventKey, Joined, Kind, Known, Labelled, Lesson, Served, join, touched
 
 NOW = datetime(2024, 5, 1, tzinfo=UTC)
 KEY = ("s", "e")
@@ -229,3 +229,25 @@ def test_labels_of_several_streams_do_not_meet() -> None:
     assert joined.changes == ()
     assert [row.key for row in joined.served] == [KEY]
     assert isinstance(joined.served[0], Served)
+
+
+# Confidence, and labels that become others
+
+
+def said(labeller: str, name: str, minute: int, confidence: float | None = None) -> Labelled:
+    return Labelled("storm", "e1", labeller, name, NOW + timedelta(minutes=minute), (0, minute), confidence)
+
+
+def test_weighted_counts_votes_by_confidence() -> None:
+    """Two who guess do not outvote one who knows; who says nothing of it counts in full."""
+    rows = [said("ann", "quake", 1, 0.95), said("bob", "flare", 2, 0.4), said("eve", "flare", 3, 0.5)]
+    assert RULES["weighted"](rows).label == "quake"
+    assert RULES["majority"](rows).label == "flare"
+    assert RULES["weighted"]([*rows, said("kim", "flare", 0)]).labeller == "eve"
+
+
+def test_weighted_does_not_depend_on_the_order_of_labellers() -> None:
+    """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in floating point, and must not decide a tie."""
+    rows = [said("a", "x", 1, 0.1), said("b", "x", 2, 0.2), said("c", "x", 3, 0.3), said("d", "y", 0, 0.6)]
+    picked = {RULES["weighted"](list(order)).label for order in permutations(rows)}
+    assert len(picked) == 1
