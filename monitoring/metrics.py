@@ -41,7 +41,7 @@ OTHER = "other"
 
 KINDS = ("input", "prediction", "error")
 STAGES = ("decode", "predict", "produce", "commit")
-CAUSES = ("labels", "timer", "drift", "forgetting", "hand")
+CAUSES = ("labels", "timer", "drift", "forgetting", "gain", "hand")
 LABEL_OUTCOMES = (
     "learned",
     "corrected",

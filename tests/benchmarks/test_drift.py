@@ -45,7 +45,8 @@ def test_labels_come_late_and_speak_of_the_event_they_belong_to(world: World) ->
     for at in (DELAY, 350, 699):
         assert told[at].embedding is events[at - DELAY].embedding
     # Once taught, two classes that lie far apart are told apart.
-    assert told[DELAY].wrong and not any(each.wrong for each in told[2 * DELAY + 200 :])
+    assert told[DELAY].wrong
+    assert not any(each.wrong for each in told[2 * DELAY + 200 :])
 
 
 @pytest.mark.parametrize("kind", KINDS)
