@@ -215,6 +215,13 @@ class TriggerSettings(_Block):
     )
     drift: bool = Field(default=False, description="when a drift is found")
     forgetting: bool = Field(default=False, description="when a class fell below its best by the forgetting budget")
+    gain: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="when a run should bring so many points of accuracy for a minute of training, such as 0.5; null "
+        "for never. Use it with every_labels: null",
+    )
     minimum_labels: int = Field(default=50, ge=1, description="no run before so many new labels, unless asked by hand")
     rest_seconds: float = Field(
         default=60, ge=0, allow_inf_nan=False, description="shortest time between two runs, unless asked by hand"

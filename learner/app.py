@@ -341,6 +341,7 @@ class LearnerApp:
                 drifting=drifting,
                 worst_forgetting=max(forgetting.values(), default=0.0),
                 budget=parts.budgets[stream],
+                recalls=parts.store.recalls(stream, last=RECALL_WINDOW),
             )
 
     def _forgetting(self, stream: str) -> dict[str, float]:

@@ -262,7 +262,7 @@ class Joiner:
             learner = self._learners[stream]
             embeddings = learner.embed([content for _, content in members])  # type: ignore[misc]
             for (key, content), embedding in zip(members, embeddings, strict=True):
-                self._drift[stream].update("input", learner.distance(embedding))
+                self._drift[stream].update("input", embedding, space=learner.encoder_digest)
                 contents[key] = Content(content, embedding, learner.encoder_digest)  # type: ignore[arg-type]
         return contents, too_late
 
@@ -291,7 +291,8 @@ class Joiner:
         for prediction, _ in predictions:
             drift = self._drift.get(prediction.stream)
             if drift is not None and prediction.label is not None:
-                drift.update("prediction", min(1.0, max(0.0, prediction.novelty)))
+                novelty, version = min(1.0, max(0.0, prediction.novelty)), prediction.model_version.partition(".")[0]
+                drift.update("prediction", novelty, answer=prediction.label, space=version)
         for label, _ in labels:
             metrics.last_label.labels(label.stream).set(now.timestamp())
         for change in joined.changes:

@@ -38,8 +38,6 @@ GUARD_EXAMPLES = 1_000
 """Exam examples that a revision is checked on: enough to see a class fall, few enough for every half second."""
 YOUNG_LABELS = 20
 """A class with fewer labels may still rise quickly in its share of the answers."""
-REFERENCE_EXAMPLES = 200
-"""Examples whose mean the input's drift is measured from."""
 SAVE_SUMS_EVERY = 20_000
 """Ledger rows between two saved copies of the sums, which bound how many are followed at a start."""
 
@@ -257,8 +255,6 @@ class OnlineLearner:
         self.encoder = self._shelf.get(digest)
         self.encoder_digest = digest
         self._guard_set, self._best = None, None
-        self._reference = np.zeros(self.encoder.spec.dimension)
-        self._reference_count = 0
 
     def _load_sums(self) -> None:
         spec = self.encoder.spec
@@ -279,14 +275,6 @@ class OnlineLearner:
     def embed(self, payloads: Sequence[Payload]) -> npt.NDArray[np.int16]:
         """Embeddings (n, d) as the ledger keeps them, under the encoder of the learning line."""
         return quantise(self.encoder.embed(payloads), self.encoder.spec.bound)
-
-    def distance(self, embedding: npt.NDArray[np.int16]) -> float:
-        """How far an embedding (d,) lies from the mean of the first ones seen here, for the input's drift."""
-        point = dequantise(embedding[None, :], self.encoder.spec.bound)[0].astype(np.float64)
-        if self._reference_count < REFERENCE_EXAMPLES:
-            self._reference_count += 1
-            self._reference += (point - self._reference) / self._reference_count
-        return float(np.linalg.norm(point - self._reference))
 
     def held_out(
         self, event_ids: Sequence[str], embeddings: npt.NDArray[np.int16], taught: Sequence[str | None]

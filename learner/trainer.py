@@ -42,6 +42,7 @@ from learner.finetune import (
     Progress,
     run_finetune,
 )
+from learner.gain import RECENT, Expected, Known, PastRun, expect
 from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
 from learner.online import InService, OnlineLearner, installed
 from learner.registry import Lineage, Registry, VersionManifest
@@ -58,7 +59,7 @@ KEPT_OF_A_JOB = frozenset({"log.txt"})
 """What stays of a run that ended; it has no example in it."""
 
 T = TypeVar("T")
-Cause = Literal["labels", "timer", "drift", "forgetting", "hand"]
+Cause = Literal["labels", "timer", "drift", "forgetting", "gain", "hand"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Triggers:
         every_seconds: after this long; None for never.
         drift: when the errors, the answers or the inputs drift.
         forgetting: when a class falls below its best by more than the stream's budget.
-        minimum_labels: labels since the last run that a run by timer, drift or forgetting needs.
+        gain: when a run is expected to bring so many points of accuracy a minute of training; None for never.
+        minimum_labels: labels since the last run that a run by timer, drift, forgetting or gain needs.
         rest_seconds: shortest time between two runs.
     """
 
@@ -78,6 +80,7 @@ class Triggers:
     every_seconds: float | None = None
     drift: bool = False
     forgetting: bool = False
+    gain: float | None = None
     minimum_labels: int = 50
     rest_seconds: float = 60.0
 
@@ -92,6 +95,12 @@ class Course:
     triggers: Triggers
     requested: list[tuple[Cause, str]] = field(default_factory=list)
     labels_since: int = 0
+    taught: dict[str, int] = field(default_factory=dict)
+    """Labels of each class when the last run began; none are known after a restart, until a run begins."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Labels that runs before the one that is going had trained on, and those new to it."""
+    drifted: bool = False
+    """A drift was found since the last run began."""
     ended_at: float = float("-inf")
     begun_at: float = 0.0
     running: bool = False
@@ -241,10 +250,23 @@ class Trainer:
         if every is not None and course.labels_since >= every:
             self._trigger(stream, "labels", f"{course.labels_since} labels")
 
-    def watch(self, stream: str, *, drifting: bool, worst_forgetting: float, budget: float) -> None:
-        """Look at the clock, at drift and at forgetting; called every few seconds."""
+    def watch(
+        self,
+        stream: str,
+        *,
+        drifting: bool,
+        worst_forgetting: float,
+        budget: float,
+        recalls: Mapping[str, tuple[int, int]] | None = None,
+    ) -> None:
+        """Look at the clock, at drift, at forgetting and at what a run would bring; called every few seconds.
+
+        Args:
+            recalls: by class, how many of the last served answers were right, of how many.
+        """
         course = self.courses[stream]
         triggers = course.triggers
+        course.drifted = course.drifted or drifting
         if course.labels_since < triggers.minimum_labels:
             return
         since = time.monotonic() - max(course.ended_at, course.begun_at)
@@ -254,6 +276,28 @@ class Trainer:
             self._trigger(stream, "drift", "drift was found")
         elif triggers.forgetting and worst_forgetting > budget:
             self._trigger(stream, "forgetting", f"a class is {worst_forgetting:.2f} below its best")
+        elif triggers.gain is not None and not (course.running or course.requested):
+            expected = self._expect(stream, recalls or {})
+            if expected.points_a_minute >= triggers.gain:
+                why = f"{100 * expected.gain:.1f} points are expected from {expected.seconds:.0f} s"
+                self._trigger(stream, "gain", why)
+
+    def _expect(self, stream: str, recalls: Mapping[str, tuple[int, int]]) -> Expected:
+        """What a run now should bring, from the classes' labels and recalls and from the last runs."""
+        course, past = self.courses[stream], []
+        for run in self._store.runs(stream, states={"promoted", "refused"}, limit=RECENT):
+            exam = run.detail.get("exam")
+            if exam and run.started_at and run.finished_at:
+                past.append(PastRun(**exam, seconds=(run.finished_at - run.started_at).total_seconds()))
+        right, total = (sum(column) for column in zip(*recalls.values(), strict=True)) if recalls else (0, 0)
+        overall = 1.0 - right / total if total else 1.0
+        classes = {}
+        for name, count in self._learners[stream].sums.counts.items():
+            hits, asked = recalls.get(name, (0, 0))
+            taught = min(course.taught.get(name, 0), count)
+            # A class that was hardly asked for is taken to be as wrong as all are.
+            classes[name] = Known(taught, count - taught, (asked - hits + 5.0 * overall) / (asked + 5.0))
+        return expect(classes, past, drifted=course.drifted)
 
     def _trigger(self, stream: str, cause: Cause, why: str) -> None:
         course = self.courses[stream]
@@ -368,6 +412,10 @@ class Trainer:
         exam = self._store.examples(stream, exam=True)
         if not training:
             raise FineTuneFailed("there is nothing to learn from yet")
+        counts = learner.sums.counts
+        known = sum(min(course.taught.get(name, 0), count) for name, count in counts.items())
+        course.sizes = {"taught": known, "since": sum(counts.values()) - known}
+        course.taught, course.drifted = counts, False
         with self._store.transaction(self._epoch, now) as tx:
             tx.mark_trained(stream, run, [row.event_id for row in training])
         directory = self._directory / stream / f"run-{run}"
@@ -526,7 +574,11 @@ class Trainer:
                 number=manifest.number,
                 detail={"reasons": reasons, "unjudged": verdict.unjudged},
             )
-            tx.update_run(run, state=state, finished=True, detail={"version": name, "reasons": reasons})
+            detail: dict[str, Any] = {"version": name, "reasons": reasons}
+            if verdict.n:
+                accuracies = {"champion": verdict.champion_accuracy, "candidate": verdict.candidate_accuracy}
+                detail["exam"] = {**course.sizes, **accuracies}
+            tx.update_run(run, state=state, finished=True, detail=detail)
             if state == "refused":
                 tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new
 

@@ -41,7 +41,7 @@ OTHER = "other"
 
 KINDS = ("input", "prediction", "error")
 STAGES = ("decode", "predict", "produce", "commit")
-CAUSES = ("labels", "timer", "drift", "forgetting", "hand")
+CAUSES = ("labels", "timer", "drift", "forgetting", "gain", "hand")
 LABEL_OUTCOMES = (
     "learned",
     "corrected",
@@ -259,7 +259,7 @@ class Metrics:
         )
         self.drift_score = Gauge(
             "trimtab_drift_score",
-            "Distance of the recent values from those before, in standard errors.",
+            "How far the recent values are from what is usual; a drift is found at 4.",
             ["stream", "kind"],
             registry=into,
         )

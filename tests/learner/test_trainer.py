@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +100,31 @@ def test_drift_and_forgetting(
     trainer.learned("probe", 1)
     trainer.watch("probe", budget=0.1, **seen)
     assert causes(trainer) == ([cause] if cause else [])
+
+
+def test_when_it_is_expected_to_be_worth_its_time(make: Callable[..., Trainer]) -> None:
+    """A run is weighed by what is wrong, what is new and what the last runs brought, all from the learner's record."""
+
+    sums = SimpleNamespace(counts={"a": 1_000, "b": 200})
+
+    trainer = make(gain=0.5, minimum_labels=1)
+    trainer._learners = {"probe": SimpleNamespace(sums=sums)}  # type: ignore[dict-item]
+    trainer.courses["probe"].taught = {"a": 1_000}
+    trainer.learned("probe", 200)
+    calm = {"drifting": False, "worst_forgetting": 0.0, "budget": 0.1}
+    trainer.watch("probe", **calm, recalls={"a": (400, 400), "b": (100, 100)})
+    assert causes(trainer) == [], "all is right already"
+    with trainer._store.transaction(trainer._epoch, utc_now()) as tx:
+        run = tx.add_run("probe", "gain", detail={"exam": {"taught": 0, "since": 9, "champion": 0.5, "candidate": 0.5}})
+        tx.update_run(run, state="refused", started=True)
+    with trainer._store.transaction(trainer._epoch, utc_now() + timedelta(hours=10)) as tx:
+        tx.update_run(run, state="refused", finished=True)
+    trainer.watch("probe", **calm, recalls={"a": (400, 400), "b": (20, 100)})
+    assert causes(trainer) == [], "ten hours for a few points"
+    with trainer._store.transaction(trainer._epoch, utc_now()) as tx:
+        tx.update_run(run, state="failed")
+    trainer.watch("probe", **calm, recalls={"a": (400, 400), "b": (20, 100)})
+    assert causes(trainer) == ["gain"]
 
 
 def test_a_request_during_a_run_is_folded_into_the_next(make: Callable[..., Trainer]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import random
-import sys
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 
 from monitoring.drift import DriftMonitor, DriftSettings, Kind, State
@@ -79,13 +80,10 @@ def test_a_rising_novelty_is_a_drift() -> None:
 
 
 def test_false_drifts_are_rare() -> None:
-    """At most one false drift in 10,000 values that do not depend on each other, over five distributions.
-
-    The bound of the theory is `drift_delta` for each check; 300,000 values are checked here.
-    """
+    """At most one false drift in 10,000 values, over five distributions: what the setting promises by default."""
     values = 20_000
     found = 0
-    for seed in range(3):
+    for seed in range(1):
         rng = random.Random(seed)
         monitor = DriftMonitor()
         feed(monitor, "error", lambda: float(rng.random() < 0.1), values)  # noqa: B023
@@ -95,7 +93,7 @@ def test_false_drifts_are_rare() -> None:
         feed(other, "error", lambda: float(rng.random() < 0.5), values)  # noqa: B023
         feed(other, "input", lambda: rng.gauss(0, 1) / max(abs(rng.gauss(0, 1)), 1e-9), values)  # noqa: B023
         found += sum(each.drifts(kind) for each in (monitor, other) for kind in KINDS)
-    assert found <= 300_000 / 10_000
+    assert found <= 100_000 / 10_000
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -189,20 +187,87 @@ def test_a_reset_forgets_values_and_keeps_counts() -> None:
     assert monitor.drifts("input") == before >= 1
 
 
+def test_neighbours_that_are_alike_are_no_drift() -> None:
+    """A sensor's values wander; a bound for values that do not depend on each other would cry hundreds of times.
+
+    Values come in runs of 40. Two false drifts in 20,000 events are asked for; chance makes it six once in sixty times.
+    """
+    rng = np.random.default_rng(12)
+    monitor = DriftMonitor()
+    levels = np.repeat(rng.normal(size=(500, 4)), 40, axis=0)
+    for vector in levels + 0.3 * rng.normal(size=levels.shape):
+        monitor.update("input", vector)
+    for rate in np.repeat(rng.choice([0.02, 0.3], size=500), 40):
+        monitor.update("error", float(rng.random() < rate))
+    assert monitor.drifts("input") + monitor.drifts("error") <= 5
+
+
+def test_one_component_of_many_is_enough() -> None:
+    """A dead channel leaves most of an embedding as it was, and its length too."""
+    rng = np.random.default_rng(13)
+    monitor = DriftMonitor()
+    for row in range(2_600):
+        vector = rng.normal(size=64)
+        vector[5] = vector[5] if row < 2_000 else 1.0
+        monitor.update("input", vector)
+        assert row >= 2_000 or monitor.drifts("input") == 0
+    assert monitor.drifts("input") >= 1
+
+
+def test_other_shares_of_the_classes_answered_are_a_drift() -> None:
+    """Answers are seen for every event and at once; labels come late and for few."""
+    rng = random.Random(14)
+    names = [f"class {number}" for number in range(30)]
+    monitor = DriftMonitor()
+    for _ in range(2_000):
+        monitor.update("prediction", 0.1, answer=rng.choice(names))
+    assert monitor.drifts("prediction") == 0
+    for _ in range(400):
+        monitor.update("prediction", 0.1, answer=rng.choice(names[:10]))
+    assert monitor.drifts("prediction") >= 1
+
+
+def test_another_encoder_begins_anew() -> None:
+    """After a promotion every embedding differs, which is the learner's doing and no drift."""
+    rng = np.random.default_rng(15)
+    monitor = DriftMonitor()
+    for space, dimension in (("one", 8), ("two", 8), ("two", 12)):
+        for vector in rng.normal(size=(1_000, dimension)) + (5.0 if space == "two" else 0.0):
+            monitor.update("input", vector, space=space)
+    assert monitor.drifts("input") == 0
+
+
+def test_a_setting_says_how_often() -> None:
+    """What is asked for in plain events must move the height that a change has to reach."""
+    found = []
+    for every in (1_100, 1_000_000):
+        rng = random.Random(16)
+        monitor = DriftMonitor(DriftSettings(false_alarms_every=every))
+        feed(monitor, "error", lambda: float(rng.random() < 0.1), 1_000)  # noqa: B023
+        states = feed(monitor, "error", lambda: float(rng.random() < 0.25), 1_000)  # noqa: B023
+        found.append(states.index(State.DRIFT) if State.DRIFT in states else 1_000)
+    assert found[0] < found[1]
+
+
 def test_the_state_stays_small() -> None:
     """A monitor a stream is kept for as long as the process runs."""
-    rng = random.Random(11)
-    monitor = DriftMonitor()
-    feed(monitor, "input", rng.random, 20_000)
-    watch = monitor._watches["input"]
-    assert sys.getsizeof(watch._reference) < 4096  # type: ignore[attr-defined]
-    assert watch._level._sure.n_detections == 0
+    rng = np.random.default_rng(11)
+    monitor = DriftMonitor(DriftSettings(memory=512))
+    sizes = []
+    for _ in range(2):
+        for vector in rng.normal(size=(2_000, 16)):
+            monitor.update("input", vector)
+            monitor.update("prediction", 0.1, answer="a class")
+            monitor.update("error", 0.0)
+        sizes.append(len(pickle.dumps(monitor._kinds)))
+    assert sizes[1] <= 1.01 * sizes[0] < 1_000_000
 
 
 @pytest.mark.parametrize(
-    "settings", [{"drift_delta": 0.5, "warning_delta": 0.1}, {"drift_delta": 0.0}, {"clock": 0}, {"warning_delta": 1.0}]
+    "settings",
+    [{"false_alarms_every": 1_000, "warnings_every": 1_000}, {"warm_up": 100}, {"clock": 0}, {"memory": 100}],
 )
-def test_settings_without_sense_are_refused(settings: dict[str, float]) -> None:
-    """A warning that is rarer than a drift would never be seen."""
+def test_settings_without_sense_are_refused(settings: dict[str, int]) -> None:
+    """A warning that is rarer than a drift would never be seen; a past too short to compare with says nothing."""
     with pytest.raises(ValueError):
-        DriftSettings(**settings)  # type: ignore[arg-type]
+        DriftSettings(**settings)
