@@ -531,7 +531,8 @@ class Trainer:
                 tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new
 
         if state == "promoted":
-            learner.put_in_service(manifest, candidate.embeddings, f"exam passed, asked for by {cause}", now, record)
+            why = f"exam passed, asked for by {cause}"
+            learner.put_in_service(manifest, candidate.embeddings, why, now, record, shadow=True)
             self._metrics.last_promotion.labels(stream).set(now.timestamp())
         else:
             with self._store.transaction(self._epoch, now) as tx:
