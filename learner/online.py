@@ -26,7 +26,7 @@ from safetensors.numpy import save as save_tensors
 
 from learner.encoders import Encoder, Payload, load_encoder
 from learner.exam import GuardSettings, guard_decline, guard_revision
-from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
+from learner.heads import HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from learner.shadow import Duel, Event, Shadow, ShadowSettings, Trial
 from monitoring.metrics import Metrics
@@ -543,6 +543,26 @@ class OnlineLearner:
             self._shadow = Shadow(duel, loser, learned, self.plan.prior)
         self._changed = True
         self.announce(now, kind="champion", guard=False)
+
+    def left_out(self, examined: Collection[str], count: int) -> dict[str, tuple[str, str | None]]:
+        """What the head says of examples of classes that are not in the exam, each left out of it.
+
+        Args:
+            examined: the classes that are.
+            count: the most examples.
+
+        Returns:
+            Label and answer by event id.
+        """
+        present = self._store.present(self.plan.name)
+        young = [event_id for event_id, (label, exam) in present.items() if not exam and label not in examined]
+        if not young:
+            return {}
+        rows = self._store.examples(self.plan.name, event_ids=sorted(young)[:count])
+        answers = leave_one_out(
+            self.sums, np.stack([row.embedding for row in rows]), [row.label for row in rows], prior=self.plan.prior
+        )
+        return {row.event_id: (row.label, answer) for row, answer in zip(rows, answers, strict=True)}
 
     # The shadow of the version before
 
