@@ -496,13 +496,16 @@ class LearnerApp:
             self.metrics.versions.labels(request.stream, "rolled_back").inc()
             return f"{name} is in service again; learning is paused until it is resumed"
         manifest = parts.registry.verify(request.stream, name)
+        known: Mapping[str, Any] = {}
         if request.action == "promote" and manifest.verdict and not manifest.verdict.promote and not request.force:
-            why = "; ".join(manifest.verdict.reasons)
-            raise Refused(f"{name} did not pass its exam ({why}); force it with --force, which the audit records")
+            verdict, known = learner.examine_again(manifest, parts.trainer.courses[request.stream].exam, now)
+            if not verdict.promote:
+                why = f"examined again on the {verdict.n} examples there are now: {'; '.join(verdict.reasons)}"
+                raise Refused(f"{name} did not pass its exam ({why}); force it with --force, which the audit records")
         cause = f"{request.action} by {request.who or 'hand'}{': ' + request.reason if request.reason else ''}"
         # What was forced is not put to the test again.
         shadow = request.action == "promote" and not request.force
-        learner.put_in_service(manifest, {}, cause, now, shadow=shadow)
+        learner.put_in_service(manifest, known, cause, now, shadow=shadow)
         outcome = "rolled_back" if request.action == "rollback" else "promoted"
         self.metrics.versions.labels(request.stream, outcome).inc()
         if outcome == "promoted":

@@ -25,7 +25,15 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from learner.encoders import Encoder, Payload, load_encoder
-from learner.exam import GuardSettings, guard_decline, guard_revision
+from learner.exam import (
+    ExamSettings,
+    GuardSettings,
+    Verdict,
+    examine,
+    guard_decline,
+    guard_revision,
+    recent,
+)
 from learner.heads import HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from learner.shadow import Duel, Event, Shadow, ShadowSettings, Trial
@@ -563,6 +571,45 @@ class OnlineLearner:
             self.sums, np.stack([row.embedding for row in rows]), [row.label for row in rows], prior=self.plan.prior
         )
         return {row.event_id: (row.label, answer) for row, answer in zip(rows, answers, strict=True)}
+
+    def examine_again(
+        self, manifest: VersionManifest, settings: ExamSettings, now: datetime
+    ) -> tuple[Verdict, dict[str, npt.NDArray[np.int16]]]:
+        """Examine a version that was refused on the labels there are now, its head taught what the store holds.
+
+        Each time counts as another look at it; see `exam.spent`. Costs what a promotion does: every example in the
+        store is embedded, and the embeddings (by event id) are returned for it.
+        """
+        encoder, bound = self._shelf.get(manifest.encoder_digest), manifest.encoder.bound
+        rows = self._store.examples(self.plan.name)
+        q = quantise(encoder.embed([row.payload for row in rows]), bound) if rows else np.empty((0, 0), np.int16)
+        known = {row.event_id: embedding for row, embedding in zip(rows, q, strict=True)}
+        taught, exam = [row for row in rows if not row.exam], [row for row in rows if row.exam]
+        exam = [exam[at] for at in recent([row.label for row in exam], [row.observed_at for row in exam], settings)]
+        sums = HeadSums(manifest.encoder.dimension, bound)
+        if taught:
+            sums.add(np.stack([known[row.event_id] for row in taught]), [row.label for row in taught])
+        heads = (solve(self.sums, prior=self.plan.prior), solve(sums, prior=self.plan.prior))
+        own = [row.embedding for row in exam], self.encoder.spec.bound
+        new = [known[row.event_id] for row in exam], bound
+        champion, candidate = (
+            [None] * len(exam) if head is None or not exam else head.predict(dequantise(np.stack(stack), scale))
+            for head, (stack, scale) in zip(heads, (own, new), strict=True)
+        )
+        note = f"looks/{self.plan.name}/{manifest.name}/{self.version}"
+        look = int(self._store.recall(note) or "1") + 1
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.remember(note, str(look))
+        verdict = examine(
+            [row.label for row in exam],
+            champion,
+            candidate,
+            champion_classes=set(heads[0].classes) & {row.label for row in rows} if heads[0] else (),
+            candidate_classes=heads[1].classes if heads[1] else (),
+            look=look,
+            settings=settings,
+        )
+        return verdict, known
 
     # The shadow of the version before
 

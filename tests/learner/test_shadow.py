@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from learner.encoders import Encoder, build_telemetry_encoder
+from learner.exam import ExamSettings
 from learner.heads import quantise
 from learner.joining import Joiner, JoinTopics
 from learner.online import EncoderShelf, OnlineLearner, StreamPlan
@@ -274,3 +275,22 @@ def test_an_equal_champion_stays_and_its_shadow_goes_on_learning(bench: Bench) -
     bench.learner.end_shadow(NOW)
     assert bench.learner.duel is None
     assert bench.store.recall(f"shadow/{STREAM}") == "null"
+
+
+def test_a_refused_version_may_be_examined_again_as_labels_arrive(bench: Bench) -> None:
+    """What was refused on few labels gets another look on more, taught what is known by then, and each look counts."""
+    bench.labels(150)
+    worse, spec = poor(), poor().sealed()
+    bench.registry.put_encoder(spec, worse.files())
+    lineage = Lineage(strategy="replay")
+    name = bench.registry.commit(
+        VersionManifest(stream=STREAM, parent="v1", created_at=NOW, encoder=spec, lineage=lineage)
+    )
+    manifest = bench.registry.version(STREAM, name)
+    first, known = bench.learner.examine_again(manifest, ExamSettings(), NOW)
+    assert not first.promote
+    assert set(known) == {row.event_id for row in bench.store.examples(STREAM)}
+    again, _ = bench.learner.examine_again(manifest, ExamSettings(), NOW)
+    assert (first.look, again.look) == (2, 3)
+    itself = bench.registry.version(STREAM, "v1")
+    assert bench.learner.examine_again(itself, ExamSettings(), NOW)[0].promote
