@@ -123,6 +123,40 @@ def _shadow(duel: Duel) -> dict[str, Any]:
     return {"version": duel.loser, "labels": duel.total.seen, "won": duel.total.won, "lost": duel.total.lost}
 
 
+def close_duel(learner: OnlineLearner, audit: str, metrics: Metrics, now: datetime) -> None:
+    """Where the loser of a promotion has answered long enough, let it go, or give it its place back.
+
+    Args:
+        audit: name of the audit topic, which is told of a champion that is rolled back.
+    """
+    stream, duel = learner.plan.name, learner.duel
+    if duel is None or not duel.over(learner.plan.shadow):
+        return
+    if not duel.reason:
+        logger.info("stream %s: %s is no worse than %s on live labels", stream, duel.champion, duel.loser)
+        learner.end_shadow(now)
+    if learner.overruled is None:
+        return
+    answer = ControlAnswer(
+        id=f"shadow-{stream}-{duel.champion}",
+        action="rollback",
+        stream=stream,
+        accepted=True,
+        message=f"{duel.loser} is in service again: {duel.champion} was rolled back by itself",
+        who="shadow",
+        reason=duel.reason,
+        at=now,
+    )
+    try:
+        learner.overrule(now, lambda tx: tx.send([Outgoing(audit, stream.encode(), encode(answer))]))
+    except BrokenVersion as error:
+        logger.error("stream %s: %s; but %s cannot be served again: %s", stream, duel.reason, duel.loser, error)
+        learner.end_shadow(now)
+        return
+    logger.warning("stream %s: %s is rolled back by itself: %s", stream, duel.champion, duel.reason)
+    metrics.versions.labels(stream, "overruled").inc()
+
+
 @dataclass(frozen=True)
 class Parts:
     """What the learner is wired from."""
@@ -277,37 +311,9 @@ class LearnerApp:
     def _announce_all(self) -> None:
         now = self._clock()
         for learner in self.parts.learners.values():
-            if learner.duel is not None and learner.duel.over(learner.plan.shadow):
-                self._end_duel(learner, now)
+            close_duel(learner, self._audit, self.metrics, now)
             learner.announce(now)
             learner.save(now)
-
-    def _end_duel(self, learner: OnlineLearner, now: datetime) -> None:
-        """The loser of a promotion has answered long enough: it goes, or takes its place back."""
-        stream, duel = learner.plan.name, learner.duel
-        assert duel is not None
-        if not duel.reason:
-            logger.info("stream %s: %s is no worse than %s on live labels", stream, duel.champion, duel.loser)
-            learner.end_shadow(now)
-        if learner.overruled is None:
-            return
-        answer = ControlAnswer(
-            id=f"shadow-{stream}-{duel.champion}",
-            action="rollback",
-            stream=stream,
-            accepted=True,
-            message=f"{duel.loser} is in service again, rolled back by itself",
-            who="shadow",
-            reason=duel.reason,
-        )
-        try:
-            learner.overrule(now, lambda tx: tx.send([Outgoing(self._audit, stream.encode(), encode(answer))]))
-        except BrokenVersion as error:
-            logger.error("stream %s: %s; but %s cannot be served again: %s", stream, duel.reason, duel.loser, error)
-            learner.end_shadow(now)
-            return
-        logger.warning("stream %s: %s is rolled back by itself: %s", stream, duel.champion, duel.reason)
-        self.metrics.versions.labels(stream, "overruled").inc()
 
     async def _send_outbox(self) -> None:
         await self._opened.wait()

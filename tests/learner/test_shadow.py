@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
+from learner.app import close_duel
+from learner.control import ControlAnswer
 from learner.encoders import Encoder, build_telemetry_encoder
 from learner.exam import ExamSettings
 from learner.heads import quantise
@@ -126,7 +128,7 @@ class Bench:
         self.registry = Registry(str(self.folder / "registry"))
         epoch = self.store.claim("test", NOW)
         plan = StreamPlan(STREAM, "telemetry", ("x",), lambda: rich(0), shadow=ShadowSettings(labels=200))
-        metrics = Metrics()
+        self.metrics = metrics = Metrics()
         shelf = EncoderShelf(self.registry, "cpu")
         self.learner = OnlineLearner(plan, self.store, self.registry, shelf, epoch, "model-versions", metrics)
         self.learner.open(NOW)
@@ -228,9 +230,17 @@ def test_a_worse_champion_is_rolled_back_by_itself(bench: Bench) -> None:
     while bench.learner.overruled is None and bench.count < 320:
         bench.labels(10)
     assert bench.learner.overruled is not None
-    seen: list[str] = []
-    why = bench.learner.overrule(NOW, lambda tx: seen.append("audit"))
-    assert seen == ["audit"]
+    why = bench.learner.overruled.reason
+    bench.learner.pause(NOW)
+    close_duel(bench.learner, "audit", bench.metrics, NOW)
+    assert bench.learner.version == "v2", "what was pinned by hand stays"
+    bench.learner.resume(NOW)
+    close_duel(bench.learner, "audit", bench.metrics, NOW)
+    (told,) = [message for message in bench.store.outbox() if message.topic == "audit"]
+    assert told.value is not None
+    assert ControlAnswer.model_validate_json(told.value).reason == why
+    counted = bench.metrics.registry.get_sample_value
+    assert counted("trimtab_versions_total", {"stream": STREAM, "outcome": "overruled"}) == 1
     assert bench.learner.version == "v1"
     assert bench.learner.serving.version == "v1"
     assert bench.learner.duel is None
@@ -272,8 +282,8 @@ def test_an_equal_champion_stays_and_its_shadow_goes_on_learning(bench: Bench) -
     assert duel is not None
     assert duel.over(bench.learner.plan.shadow)
     assert not duel.reason
-    bench.learner.end_shadow(NOW)
-    assert bench.learner.duel is None
+    close_duel(bench.learner, "audit", bench.metrics, NOW)
+    assert (bench.learner.duel, bench.learner.version) == (None, "v2")
     assert bench.store.recall(f"shadow/{STREAM}") == "null"
 
 
