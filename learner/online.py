@@ -379,7 +379,9 @@ class OnlineLearner:
             if found.labels:
                 sums.subtract(found.embeddings, found.labels)
             tx.save_sums(self.plan.name, self.encoder_digest, self._seq, _packed(sums))
-        self.sums, self._saved_seq = sums, self._seq
+            # The loser's head may know them too, and their embeddings under its encoder are not kept.
+            self._keep_duel(tx, None)
+        self.sums, self._saved_seq, self._shadow = sums, self._seq, None
         self._changed = self._changed or bool(found.labels)
         self.relearned()
         self.follow()
@@ -624,6 +626,9 @@ class OnlineLearner:
 
     def _keep_duel(self, tx: Transaction, duel: Duel | None, learned: HeadSums | None = None) -> None:
         tx.remember(f"shadow/{self.plan.name}", "null" if duel is None else duel.model_dump_json())
+        if duel is None and self._shadow is not None:
+            gone = self._shadow
+            tx.save_sums(self.plan.name, gone.duel.encoder, 0, _packed(HeadSums(gone.sums.dimension, gone.sums.bound)))
         if duel is not None and learned is not None:
             tx.save_sums(self.plan.name, duel.encoder, 0, _packed(learned))
 

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import load
 from scipy.integrate import quad
 
 from learner.app import close_duel
 from learner.control import ControlAnswer
 from learner.encoders import Encoder, build_telemetry_encoder
 from learner.exam import ExamSettings
-from learner.heads import quantise
+from learner.heads import HeadSums, quantise
 from learner.joining import Joiner, JoinTopics
 from learner.online import EncoderShelf, OnlineLearner, StreamPlan
 from learner.registry import Lineage, Registry, VersionManifest
@@ -304,3 +305,22 @@ def test_a_refused_version_may_be_examined_again_as_labels_arrive(bench: Bench) 
     assert (first.look, again.look) == (2, 3)
     itself = bench.registry.version(STREAM, "v1")
     assert bench.learner.examine_again(itself, ExamSettings(), NOW)[0].promote
+
+
+def test_what_is_forgotten_is_not_remembered_by_the_loser(bench: Bench) -> None:
+    """A head kept for comparison is a copy of what was learned; it goes where someone asks to be forgotten."""
+    bench.labels(60)
+    bench.promote(rich(5))
+    bench.labels(30)
+    duel = bench.learner.duel
+    assert duel is not None
+    saved = bench.store.sums(STREAM, duel.encoder)
+    assert saved is not None
+    bench.learner.forget([duel.tried[0]], NOW)
+    assert bench.learner.duel is None
+    empty = bench.store.sums(STREAM, duel.encoder)
+    assert empty is not None
+    assert HeadSums.from_tensors(load(empty[1])).total == 0
+    bench.store.close()
+    bench.open()
+    assert bench.learner.duel is None
