@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn
 
@@ -513,6 +514,7 @@ def versions_list(
     for name in [_known_stream(settings, stream)] if stream else sorted(settings.streams):
         champion = registry.champion(name)
         forgotten = _forgotten(settings, name)
+        overruled = _overruled(registry, name)
         for manifest in reversed(registry.versions(name)):
             pruned = registry.pruned(name, manifest.name)
             rows.append(
@@ -525,6 +527,7 @@ def versions_list(
                     "strategy": manifest.lineage.strategy,
                     "classes": len(manifest.classes),
                     "exam": _exam(manifest),
+                    "rolled_back": overruled.get(manifest.name),
                     "pruned_at": pruned.isoformat(timespec="seconds") if pruned else None,
                     "rebuildable": _rebuildable(forgotten, manifest),
                 }
@@ -541,7 +544,7 @@ def versions_list(
                 [
                     row["stream"],
                     row["version"],
-                    "in service" if row["in_service"] else "pruned" if row["pruned_at"] else "",
+                    _standing(row),
                     row["created_at"][:19],
                     row["parent"] or "",
                     row["strategy"],
@@ -574,7 +577,10 @@ def versions_show(
         f"{stream} {manifest.name}, made {manifest.created_at:%Y-%m-%d %H:%M:%S} UTC "
         f"from {manifest.parent or 'nothing'}"
     )
+    why = _overruled(registry, stream).get(version)
     typer.echo(f"  {'in service' if registry.champion(stream) == manifest.name else 'not in service'}")
+    if why:
+        typer.echo(f"  rolled back by itself: {why}")
     typer.echo(f"  strategy {lineage.strategy}, seed {lineage.seed}, snapshot {lineage.snapshot or 'none'}")
     typer.echo(
         f"  encoder {manifest.encoder_digest[:19]}, {manifest.encoder.kind}, {manifest.encoder.dimension} components"
@@ -992,6 +998,20 @@ def _exam(manifest: VersionManifest) -> str:
         return ""
     outcome = "passed" if verdict.promote else "refused"
     return f"{outcome}, {verdict.candidate_accuracy:.3f} against {verdict.champion_accuracy:.3f}"
+
+
+def _standing(row: dict[str, Any]) -> str:
+    if row["in_service"]:
+        return "in service"
+    if row["rolled_back"]:
+        return f"rolled back by itself: {row['rolled_back']}"
+    return "pruned" if row["pruned_at"] else ""
+
+
+def _overruled(registry: Registry, stream: str) -> dict[str, str]:
+    """Why versions were rolled back by themselves, by version: the line after theirs says so."""
+    history = registry.champions(stream)
+    return {before.version: after.why for before, after in pairwise(history) if after.why}
 
 
 def _registry(settings: Settings) -> Registry:

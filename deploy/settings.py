@@ -34,6 +34,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from learner.control import ControlSettings
 from learner.exam import ExamSettings, GuardSettings
 from learner.finetune import FineTuneSettings
+from learner.shadow import ShadowSettings
 from learner.trust import TrustSettings
 from monitoring.drift import DriftSettings
 from replay.policy import ReplaySettings
@@ -253,6 +254,7 @@ class StreamSettings(_Block):
     triggers: TriggerSettings = TriggerSettings()
     exam: ExamSettings = ExamSettings()
     guard: GuardSettings = GuardSettings()
+    shadow: ShadowSettings = ShadowSettings()
     drift: DriftSettings = DriftSettings()
     forgetting_budget: float = Field(
         default=0.1, gt=0, le=1, description="largest fall of a class's recall below its best before someone is told"

@@ -317,6 +317,8 @@ def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
         base=base,
         prior=stream.prior,
         guard=stream.guard,
+        shadow=stream.shadow,
+        budget=stream.exam.budget,
         labels=frozenset(stream.labels),
         max_classes=stream.new_classes.total,
         max_new_classes_a_day=stream.new_classes.per_day,

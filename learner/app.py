@@ -33,6 +33,7 @@ from learner.curation import Curator
 from learner.joining import Joiner
 from learner.online import OnlineLearner
 from learner.registry import BrokenVersion, Registry
+from learner.shadow import Duel
 from learner.trainer import Trainer
 from learner.unlearning import Erasure, forget
 from monitoring.drift import DriftMonitor, Kind
@@ -116,6 +117,44 @@ def check_owner(store: LearnerStore, epoch: int) -> None:
     owner = store.owner()
     if owner is not None and owner[1] != epoch:
         raise Superseded(f"learner {owner[0]!r} owns the store under epoch {owner[1]}, this learner's is {epoch}")
+
+
+def _shadow(duel: Duel) -> dict[str, Any]:
+    return {"version": duel.loser, "labels": duel.total.seen, "won": duel.total.won, "lost": duel.total.lost}
+
+
+def close_duel(learner: OnlineLearner, audit: str, metrics: Metrics, now: datetime) -> None:
+    """Where the loser of a promotion has answered long enough, let it go, or give it its place back.
+
+    Args:
+        audit: name of the audit topic, which is told of a champion that is rolled back.
+    """
+    stream, duel = learner.plan.name, learner.duel
+    if duel is None or not duel.over(learner.plan.shadow):
+        return
+    if not duel.reason:
+        logger.info("stream %s: %s is no worse than %s on live labels", stream, duel.champion, duel.loser)
+        learner.end_shadow(now)
+    if learner.overruled is None:
+        return
+    answer = ControlAnswer(
+        id=f"shadow-{stream}-{duel.champion}",
+        action="rollback",
+        stream=stream,
+        accepted=True,
+        message=f"{duel.loser} is in service again: {duel.champion} was rolled back by itself",
+        who="shadow",
+        reason=duel.reason,
+        at=now,
+    )
+    try:
+        learner.overrule(now, lambda tx: tx.send([Outgoing(audit, stream.encode(), encode(answer))]))
+    except BrokenVersion as error:
+        logger.error("stream %s: %s; but %s cannot be served again: %s", stream, duel.reason, duel.loser, error)
+        learner.end_shadow(now)
+        return
+    logger.warning("stream %s: %s is rolled back by itself: %s", stream, duel.champion, duel.reason)
+    metrics.versions.labels(stream, "overruled").inc()
 
 
 @dataclass(frozen=True)
@@ -272,6 +311,7 @@ class LearnerApp:
     def _announce_all(self) -> None:
         now = self._clock()
         for learner in self.parts.learners.values():
+            close_duel(learner, self._audit, self.metrics, now)
             learner.announce(now)
             learner.save(now)
 
@@ -463,11 +503,16 @@ class LearnerApp:
             self.metrics.versions.labels(request.stream, "rolled_back").inc()
             return f"{name} is in service again; learning is paused until it is resumed"
         manifest = parts.registry.verify(request.stream, name)
+        known: Mapping[str, Any] = {}
         if request.action == "promote" and manifest.verdict and not manifest.verdict.promote and not request.force:
-            why = "; ".join(manifest.verdict.reasons)
-            raise Refused(f"{name} did not pass its exam ({why}); force it with --force, which the audit records")
+            verdict, known = learner.examine_again(manifest, parts.trainer.courses[request.stream].exam, now)
+            if not verdict.promote:
+                why = f"examined again on the {verdict.n} examples there are now: {'; '.join(verdict.reasons)}"
+                raise Refused(f"{name} did not pass its exam ({why}); force it with --force, which the audit records")
         cause = f"{request.action} by {request.who or 'hand'}{': ' + request.reason if request.reason else ''}"
-        learner.put_in_service(manifest, {}, cause, now)
+        # What was forced is not put to the test again.
+        shadow = request.action == "promote" and not request.force
+        learner.put_in_service(manifest, known, cause, now, shadow=shadow)
         outcome = "rolled_back" if request.action == "rollback" else "promoted"
         self.metrics.versions.labels(request.stream, outcome).inc()
         if outcome == "promoted":
@@ -492,6 +537,7 @@ class LearnerApp:
             "serving": learner.serving.name,
             "version": learner.version,
             "paused": learner.paused,
+            "shadow": None if learner.duel is None else _shadow(learner.duel),
             "held": learner.held,
             "outbox": parts.store.sizes()["outbox"],
             "classes": len(learner.sums.counts),

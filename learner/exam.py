@@ -53,7 +53,7 @@ BETTER = 0.05
 """From this one-sided p on a revision counts as better than the best so far."""
 NAMED = 10
 """How many classes a reason names before it counts the rest."""
-FIRST_LOOK = 0.75
+FIRST_LOOK = 0.9
 """The first look's part of alpha: nearly every candidate is examined once."""
 TURNS = 9_999
 """Random turns behind the p value of balanced accuracy, which so is 0.0001 at best."""

@@ -19,13 +19,14 @@ from typing import Protocol, TypeVar
 
 from learner.encoders import payload
 from learner.online import OnlineLearner
+from learner.shadow import Event, Trial
 from monitoring.drift import DriftMonitor
 from monitoring.metrics import Metrics
 from replay.store import Content, LearnerStore, Outgoing, Quarantined, Reconciled, Transaction
 from stream.batches import Batch, Partition
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Label, Place, Prediction, Record
-from stream.join import Change, EventKey, Joined, join, touched
+from stream.join import Change, EventKey, Joined, Kind, join, touched
 from stream.worker import dead_letter, known_stream
 
 logger = logging.getLogger(__name__)
@@ -130,10 +131,15 @@ class Joiner:
             Superseded: another learner owns the store.
         """
         contents, too_late = self._contents(joined.changes)
+        trials = self._attempt(joined.changes, contents)
         with self._store.transaction(self._epoch, now) as tx:
             tx.record(joined)
             reconciled = tx.reconcile(joined.changes, contents, too_late)
+            for stream, trial in trials.items():
+                self._learners[stream].record_trial(tx, trial)
             also(tx)
+        for stream, trial in trials.items():
+            self._learners[stream].settle_trial(trial)
         for learner in self._learners.values():
             learner.follow()
         for stream in reconciled.unlearned:
@@ -265,6 +271,17 @@ class Joiner:
                 self._drift[stream].update("input", embedding, space=learner.encoder_digest)
                 contents[key] = Content(content, embedding, learner.encoder_digest)  # type: ignore[arg-type]
         return contents, too_late
+
+    def _attempt(self, changes: Sequence[Change], contents: Mapping[EventKey, Content]) -> dict[str, Trial]:
+        """By stream, what champion and shadow answered to events that are labelled for the first time."""
+        events: dict[str, list[Event]] = defaultdict(list)
+        for change in changes:
+            content = contents.get(change.key)
+            if change.kind is Kind.LEARN and change.desired is not None and content is not None:
+                labelled = Event(change.event_id, content.payload, content.embedding, change.desired.label)
+                events[change.stream].append(labelled)
+        trials = {stream: self._learners[stream].attempt(members) for stream, members in events.items()}
+        return {stream: trial for stream, trial in trials.items() if trial is not None}
 
     def _count(
         self,

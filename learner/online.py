@@ -25,9 +25,18 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from learner.encoders import Encoder, Payload, load_encoder
-from learner.exam import GuardSettings, guard_decline, guard_revision
-from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
+from learner.exam import (
+    ExamSettings,
+    GuardSettings,
+    Verdict,
+    examine,
+    guard_decline,
+    guard_revision,
+    recent,
+)
+from learner.heads import HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
+from learner.shadow import Duel, Event, Shadow, ShadowSettings, Trial
 from monitoring.metrics import Metrics
 from replay.policy import quotas
 from replay.store import Example, Forgotten, LearnerStore, NotEmbedded, Outgoing, Transaction
@@ -61,6 +70,8 @@ class StreamPlan:
         base: builds the encoder that the first version has; called once in the stream's life.
         prior: how a class's frequency counts in the head.
         guard: what a revision must not do.
+        shadow: how long the loser of a promotion answers along.
+        budget: the largest fall of a class's recall that is allowed, in the shadow as in the exam.
         labels: class names known from the start, which count towards no quota.
         max_classes: the most class names the stream may ever have.
         max_new_classes_a_day: the most class names that may be new on one day (UTC).
@@ -72,6 +83,8 @@ class StreamPlan:
     base: Callable[[], Encoder]
     prior: Literal["uniform", "sqrt", "empirical"] = "sqrt"
     guard: GuardSettings = field(default_factory=GuardSettings)
+    shadow: ShadowSettings = field(default_factory=ShadowSettings)
+    budget: float = 0.05
     labels: frozenset[str] = frozenset()
     max_classes: int = 1_000
     max_new_classes_a_day: int = 200
@@ -170,6 +183,7 @@ class OnlineLearner:
         self.sums: HeadSums
         self.serving = InService("v0", 0, "", None)
         self.paused = False
+        self._shadow: Shadow | None = None
 
     # Opening
 
@@ -187,6 +201,7 @@ class OnlineLearner:
             self._use(digest)
         self._load_sums()
         self.follow()
+        self._open_shadow()
         pinned = json.loads(self._store.recall(f"pinned/{self.plan.name}") or "null")
         last = pinned or self._last_announced()
         if last:
@@ -313,6 +328,8 @@ class OnlineLearner:
             self.sums.add(*rows.added)
             self.sums.subtract(*rows.removed)
             self._removed = self._removed or bool((rows.signs < 0).any())
+            if self._shadow is not None:
+                self._shadow.follow(rows.event_ids, rows.labels, rows.signs.tolist())
             self._seq = rows.seq
             count += len(rows)
         self._changed = self._changed or count > 0
@@ -346,7 +363,9 @@ class OnlineLearner:
             if found.labels:
                 sums.subtract(found.embeddings, found.labels)
             tx.save_sums(self.plan.name, self.encoder_digest, self._seq, _packed(sums))
-        self.sums, self._saved_seq = sums, self._seq
+            # The loser's head may know them too, and their embeddings under its encoder are not kept.
+            self._keep_duel(tx, None)
+        self.sums, self._saved_seq, self._shadow = sums, self._seq, None
         self._changed = self._changed or bool(found.labels)
         self.relearned()
         self.follow()
@@ -473,6 +492,9 @@ class OnlineLearner:
         cause: str,
         now: datetime,
         record: Callable[[Transaction], None] = lambda tx: None,
+        *,
+        shadow: bool = False,
+        why: str = "",
     ) -> None:
         """Make a committed version the champion: its encoder, and the head of the store under it.
 
@@ -481,10 +503,14 @@ class OnlineLearner:
         Args:
             embeddings: by event id, under the version's encoder, as far as they are there already.
             record: writes, in the same transaction, what else becomes true with it.
+            shadow: let the version it replaces answer along; see `learner.shadow`.
+            why: for the registry's list of promotions, where the version before it did not simply lose to it.
         """
         number = manifest.number
         encoder = self._shelf.get(manifest.encoder_digest)
         known = dict(embeddings)
+        duel = self._duel(manifest, now) if shadow else None
+        loser, learned = self.encoder, self.sums
         while True:
             try:
                 with self._store.transaction(self._epoch, now) as tx:
@@ -493,20 +519,176 @@ class OnlineLearner:
                     record(tx)
                     tx.set_champion(self.plan.name, number, cause)
                     tx.remember(f"pinned/{self.plan.name}", "null")
+                    self._keep_duel(tx, duel, learned)
                     self._send(tx, "version", manifest.name, 0, manifest.encoder_digest, manifest.head, now)
                 break
             except NotEmbedded as error:
                 rows = self._store.examples(self.plan.name, event_ids=error.event_ids)
                 fresh = quantise(encoder.embed([row.payload for row in rows]), encoder.spec.bound)
                 known.update({row.event_id: embedding for row, embedding in zip(rows, fresh, strict=True)})
-        self._registry.set_champion(self.plan.name, manifest.name)
+        self._registry.set_champion(self.plan.name, manifest.name, why)
         self.version = manifest.name
         self.paused = False
         self._use(manifest.encoder_digest)
         self._load_sums()
+        self._shadow = None
         self.follow()
+        if duel is not None:
+            self._shadow = Shadow(duel, loser, learned, self.plan.prior)
         self._changed = True
         self.announce(now, kind="champion", guard=False)
+
+    def left_out(self, examined: Collection[str], count: int) -> dict[str, tuple[str, str | None]]:
+        """What the head says of examples of classes that are not in the exam, each left out of it.
+
+        Args:
+            examined: the classes that are.
+            count: the most examples.
+
+        Returns:
+            Label and answer by event id.
+        """
+        present = self._store.present(self.plan.name)
+        young = [event_id for event_id, (label, exam) in present.items() if not exam and label not in examined]
+        if not young:
+            return {}
+        rows = self._store.examples(self.plan.name, event_ids=sorted(young)[:count])
+        answers = leave_one_out(
+            self.sums, np.stack([row.embedding for row in rows]), [row.label for row in rows], prior=self.plan.prior
+        )
+        return {row.event_id: (row.label, answer) for row, answer in zip(rows, answers, strict=True)}
+
+    def examine_again(
+        self, manifest: VersionManifest, settings: ExamSettings, now: datetime
+    ) -> tuple[Verdict, dict[str, npt.NDArray[np.int16]]]:
+        """Examine a version that was refused on the labels there are now, its head taught what the store holds.
+
+        Each time counts as another look at it; see `exam.spent`. Costs what a promotion does: every example in the
+        store is embedded, and the embeddings (by event id) are returned for it.
+        """
+        encoder, bound = self._shelf.get(manifest.encoder_digest), manifest.encoder.bound
+        rows = self._store.examples(self.plan.name)
+        q = quantise(encoder.embed([row.payload for row in rows]), bound) if rows else np.empty((0, 0), np.int16)
+        known = {row.event_id: embedding for row, embedding in zip(rows, q, strict=True)}
+        taught, exam = [row for row in rows if not row.exam], [row for row in rows if row.exam]
+        exam = [exam[at] for at in recent([row.label for row in exam], [row.observed_at for row in exam], settings)]
+        sums = HeadSums(manifest.encoder.dimension, bound)
+        if taught:
+            sums.add(np.stack([known[row.event_id] for row in taught]), [row.label for row in taught])
+        heads = (solve(self.sums, prior=self.plan.prior), solve(sums, prior=self.plan.prior))
+        own = [row.embedding for row in exam], self.encoder.spec.bound
+        new = [known[row.event_id] for row in exam], bound
+        champion, candidate = (
+            [None] * len(exam) if head is None or not exam else head.predict(dequantise(np.stack(stack), scale))
+            for head, (stack, scale) in zip(heads, (own, new), strict=True)
+        )
+        note = f"looks/{self.plan.name}/{manifest.name}/{self.version}"
+        look = int(self._store.recall(note) or "1") + 1
+        with self._store.transaction(self._epoch, now) as tx:
+            tx.remember(note, str(look))
+        verdict = examine(
+            [row.label for row in exam],
+            champion,
+            candidate,
+            champion_classes=set(heads[0].classes) & {row.label for row in rows} if heads[0] else (),
+            candidate_classes=heads[1].classes if heads[1] else (),
+            look=look,
+            settings=settings,
+        )
+        return verdict, known
+
+    # The shadow of the version before
+
+    def _duel(self, manifest: VersionManifest, now: datetime) -> Duel | None:
+        """A new duel, where there is a loser that could answer otherwise: another encoder, and something learned."""
+        if not self.plan.shadow.labels or manifest.encoder_digest == self.encoder_digest or not self.sums.total:
+            return None
+        classes = list(self.sums.classes)
+        return Duel(
+            champion=manifest.name, loser=self.version, encoder=self.encoder_digest, classes=classes, began_at=now
+        )
+
+    def _keep_duel(self, tx: Transaction, duel: Duel | None, learned: HeadSums | None = None) -> None:
+        tx.remember(f"shadow/{self.plan.name}", "null" if duel is None else duel.model_dump_json())
+        if duel is None and self._shadow is not None:
+            gone = self._shadow
+            tx.save_sums(self.plan.name, gone.duel.encoder, 0, _packed(HeadSums(gone.sums.dimension, gone.sums.bound)))
+        if duel is not None and learned is not None:
+            tx.save_sums(self.plan.name, duel.encoder, 0, _packed(learned))
+
+    def _open_shadow(self) -> None:
+        """Go on with a duel that a restart cut off: the head as of the promotion, and what it was taught since."""
+        note = json.loads(self._store.recall(f"shadow/{self.plan.name}") or "null")
+        if note is None:
+            return
+        duel = Duel.model_validate(note)
+        saved = self._store.sums(self.plan.name, duel.encoder)
+        if duel.champion != self.version or saved is None:
+            return
+        try:
+            encoder = self._shelf.get(duel.encoder)
+        except BrokenVersion as error:
+            logger.warning("stream %s: %s no longer answers in shadow: %s", self.plan.name, duel.loser, error)
+            return
+        self._shadow = Shadow(duel, encoder, HeadSums.from_tensors(load_tensors(saved[1])), self.plan.prior)
+        rows = self._store.examples(self.plan.name, exam=False, event_ids=duel.tried)
+        self._shadow.relearn([(row.event_id, row.payload, row.label) for row in rows])
+
+    @property
+    def duel(self) -> Duel | None:
+        """The champion against the version it replaced, while that answers along."""
+        return None if self._shadow is None else self._shadow.duel
+
+    @property
+    def overruled(self) -> Duel | None:
+        """The duel by which the champion is to be rolled back; None while it stays, or while learning is paused."""
+        return self.duel if self.duel is not None and self.duel.reason and not self.paused else None
+
+    def attempt(self, events: Sequence[Event]) -> Trial | None:
+        """Let the champion and its shadow answer events whose labels neither has been taught."""
+        if self._shadow is None or self.paused:
+            return None
+        return self._shadow.attempt(events, self.sums, self.plan.shadow, self.plan.budget)
+
+    def record_trial(self, tx: Transaction, trial: Trial) -> None:
+        """Keep what a batch's answers in shadow came to, with the batch."""
+        self._keep_duel(tx, trial.duel)
+
+    def settle_trial(self, trial: Trial) -> None:
+        """The batch was kept. Called before its ledger rows are followed."""
+        if self._shadow is not None:
+            self._shadow.settle(trial)
+
+    def end_shadow(self, now: datetime) -> None:
+        """Let go of the loser once the duel is over and the champion stays, or where it cannot be served."""
+        if self._shadow is not None:
+            with self._store.transaction(self._epoch, now) as tx:
+                self._keep_duel(tx, None)
+            self._shadow = None
+
+    def overrule(self, now: datetime, record: Callable[[Transaction], None] = lambda tx: None) -> str:
+        """Put the version before back into service, because the champion is worse on live labels; returns why.
+
+        The examples that only the champion was trained on are new again: the version in service never saw them.
+
+        Raises:
+            BrokenVersion: it cannot be served any more; the champion stays.
+        """
+        duel = self.overruled
+        assert duel is not None
+        number = int(duel.champion.removeprefix("v"))
+        runs = [row.run for row in self._store.versions(self.plan.name) if row.number == number]
+
+        def write(tx: Transaction) -> None:
+            tx.set_version_state(self.plan.name, number, "rolled_back", {"rolled_back": duel.reason})
+            for run in runs:
+                if run is not None:
+                    tx.unmark_trained(run)
+            record(tx)
+
+        manifest = self._registry.verify(self.plan.name, duel.loser)
+        self.put_in_service(manifest, {}, f"rolled back by itself: {duel.reason}", now, write, why=duel.reason)
+        return duel.reason
 
     def serve_revision(self, name: str, now: datetime, *, pause: bool = True) -> None:
         """Serve one exact earlier revision, and keep it there until learning is resumed.

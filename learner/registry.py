@@ -178,12 +178,17 @@ class VersionManifest(BaseModel):
 
 
 class Champion(BaseModel):
-    """One line of a stream's promotions: which version went into service, and when."""
+    """One line of a stream's promotions: which version went into service, and when.
+
+    Args:
+        why: what spoke against the version before it, where that was rolled back by itself.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: str = Field(pattern=f"^{_VERSION.pattern}$")
     since: AwareDatetime
+    why: str = ""
 
 
 class _Promotions(BaseModel):
@@ -605,8 +610,8 @@ class Registry:
         record = self._read_record(self._champion(stream), _Promotions, f"the champion file of stream {stream!r}")
         return record.promotions if record else ()
 
-    def set_champion(self, stream: str, name: str) -> None:
-        """Note that a version went into service.
+    def set_champion(self, stream: str, name: str, why: str = "") -> None:
+        """Note that a version went into service; `why` says what spoke against the one before it.
 
         Raises:
             BrokenVersion: there is no such version, or its weights were pruned.
@@ -616,7 +621,7 @@ class Registry:
             if self.pruned(stream, name) is not None:
                 what = f"version {name} of stream {stream!r}"
                 raise BrokenVersion(what, Fault.PRUNED, "its weights were removed", _STORED)
-            line = Champion(version=name, since=self._now())
+            line = Champion(version=name, since=self._now(), why=why)
             lines = (*self.champions(stream), line)[-1000:]
             self._write_record(self._champion(stream), _Promotions(stream=stream, promotions=lines))
 

@@ -32,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from learner.encoders import load_encoder
-from learner.exam import ExamSettings, Verdict, examine
+from learner.exam import ExamSettings, LeftOut, Verdict, examine, recent
 from learner.finetune import (
     FineTuneFailed,
     FineTuneJob,
@@ -43,7 +43,7 @@ from learner.finetune import (
     run_finetune,
 )
 from learner.gain import RECENT, Expected, Known, PastRun, expect
-from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
+from learner.heads import HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
 from learner.online import InService, OnlineLearner, installed
 from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
@@ -113,17 +113,25 @@ class Course:
     drop_state: bool = False
 
 
+LEFT_OUT_EXAMPLES = 2_000
+"""Examples of classes too young for the exam that are judged left out one by one: a second's work."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A fine-tuned model with its head, before it is judged.
 
     Args:
         head: taught by all the examples that are in the store now, as the one that goes into service will be.
+        sums: what that head is solved from.
+        taught: the labels of those examples, by event id.
         embeddings: by event id, of the same examples and of the exam's, under the candidate.
     """
 
     result: FineTuneResult
     head: LinearHead
+    sums: HeadSums
+    taught: dict[str, str]
     embeddings: dict[str, npt.NDArray[np.int16]]
     snapshot: str
     offsets: dict[str, int]
@@ -388,8 +396,8 @@ class Trainer:
         embeddings = self._embed_rest(stream, course, result)
         # In this order, so that no class that the champion knows is missing from what the candidate is taught.
         serving = learner.serving
-        head = self._candidate_head(result, embeddings, learner)
-        candidate = Candidate(result, head, embeddings, digest, offsets)
+        head, sums, taught = self._candidate_head(result, embeddings, learner)
+        candidate = Candidate(result, head, sums, taught, embeddings, digest, offsets)
         verdict = self._examine(learner, serving, candidate, course)
         outcome: str = self._learn(lambda: self._conclude(stream, course, candidate, verdict, cause)).result()
         if outcome == "promoted" and not course.drop_state:
@@ -466,7 +474,7 @@ class Trainer:
 
     def _candidate_head(
         self, result: FineTuneResult, embeddings: Mapping[str, npt.NDArray[np.int16]], learner: OnlineLearner
-    ) -> LinearHead:
+    ) -> tuple[LinearHead, HeadSums, dict[str, str]]:
         present = self._store.present(learner.plan.name)
         taught = {event_id: label for event_id, (label, exam) in present.items() if not exam and event_id in embeddings}
         sums = HeadSums(result.encoder.dimension, result.encoder.bound)
@@ -475,13 +483,15 @@ class Trainer:
         head = solve(sums, prior=learner.plan.prior)
         if head is None:
             raise FineTuneFailed("no class is left to learn")
-        return head
+        return head, sums, taught
 
     def _examine(self, learner: OnlineLearner, serving: InService, candidate: Candidate, course: Course) -> Verdict:
         """Both models answer the exam as it is labelled now; the champion with the head it served a moment ago."""
         exam = [
             row for row in self._store.examples(learner.plan.name, exam=True) if row.event_id in candidate.embeddings
         ]
+        kept = recent([row.label for row in exam], [row.observed_at for row in exam], course.exam)
+        exam = [exam[place] for place in kept]
         labels = [row.label for row in exam]
         if not exam:
             return examine([], [], [], settings=course.exam)
@@ -505,8 +515,21 @@ class Trainer:
             list(answers),
             champion_classes=sorted(asked & set(serving.head.classes)) if serving.head else (),
             candidate_classes=candidate.head.classes,
+            left_out=self._left_out(learner, candidate, set(labels)),
             settings=course.exam,
         )
+
+    def _left_out(self, learner: OnlineLearner, candidate: Candidate, examined: set[str]) -> LeftOut:
+        """Both heads' answers to examples of classes too young for the exam, each left out of the head it asks."""
+        found = self._learn(lambda: learner.left_out(examined, LEFT_OUT_EXAMPLES)).result()
+        # What was corrected since the candidate was taught is no longer what it was taught.
+        asked = sorted(event_id for event_id, (label, _) in found.items() if candidate.taught.get(event_id) == label)
+        if not asked:
+            return LeftOut()
+        labels = [found[event_id][0] for event_id in asked]
+        q = np.stack([candidate.embeddings[event_id] for event_id in asked])
+        answers = leave_one_out(candidate.sums, q, labels, prior=learner.plan.prior)
+        return LeftOut(labels=labels, champion=[found[event_id][1] for event_id in asked], candidate=answers)
 
     def _keep_state(self, stream: str, result: FineTuneResult) -> None:
         """Keep the strategy's state for the next run, which goes on from the version that was promoted."""
@@ -583,7 +606,8 @@ class Trainer:
                 tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new
 
         if state == "promoted":
-            learner.put_in_service(manifest, candidate.embeddings, f"exam passed, asked for by {cause}", now, record)
+            why = f"exam passed, asked for by {cause}"
+            learner.put_in_service(manifest, candidate.embeddings, why, now, record, shadow=True)
             self._metrics.last_promotion.labels(stream).set(now.timestamp())
         else:
             with self._store.transaction(self._epoch, now) as tx:

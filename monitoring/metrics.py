@@ -59,7 +59,7 @@ LABEL_OUTCOMES = (
 QUARANTINE_REASONS = ("class_quota", "labeller_untrusted", "label_burst")
 SCORED_OUTCOMES = ("right", "wrong")
 REVISION_OUTCOMES = ("announced", "held")
-VERSION_OUTCOMES = ("promoted", "refused", "rolled_back", "failed")
+VERSION_OUTCOMES = ("promoted", "refused", "rolled_back", "overruled", "failed")
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 _STAGE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)

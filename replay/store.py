@@ -1298,12 +1298,14 @@ class Transaction:
         put(self._connection, t.versions, [row])
         return number
 
-    def set_version_state(self, stream: str, number: int, state: str) -> None:
-        """Say what has become of a version."""
+    def set_version_state(self, stream: str, number: int, state: str, detail: Mapping[str, Any] | None = None) -> None:
+        """Say what has become of a version; `detail` is added to what is there."""
         c = t.versions.c
-        self._connection.execute(
-            sa.update(t.versions).where(c.stream == stream, c.number == number).values(state=state)
-        )
+        this = (c.stream == stream, c.number == number)
+        values: dict[str, Any] = {"state": state}
+        if detail is not None:
+            values["detail"] = {**(self._connection.scalar(sa.select(c.detail).where(*this)) or {}), **detail}
+        self._connection.execute(sa.update(t.versions).where(*this).values(**values))
 
     def set_champion(self, stream: str, version: int, cause: str) -> None:
         """From now on this version serves; the champions before it stay on record."""

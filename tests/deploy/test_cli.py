@@ -482,6 +482,11 @@ def test_versions_are_listed_and_shown(registry: Registry) -> None:
     assert [row["version"] for row in rows if row["in_service"]] == ["v5"]
     assert "in service" in run("versions", "list", "intents").stdout
     assert "strategy replay, seed 2" in run("versions", "show", "intents", "v3").stdout
+    registry.set_champion("intents", "v4", "v5 is worse than v4 on labels of class 'a'")
+    rows = [json.loads(line) for line in run("versions", "list", "--format", "json").stdout.splitlines()]
+    why = "v5 is worse than v4 on labels of class 'a'"
+    assert {row["version"]: row["rolled_back"] for row in rows if row["rolled_back"]} == {"v5": why}
+    assert f"rolled back by itself: {why}" in run("versions", "show", "intents", "v5").stdout
 
 
 def test_a_version_that_cannot_be_made_again_says_so(registry: Registry) -> None:

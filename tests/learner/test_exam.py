@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from learner.exam import (
     ExamSettings,
     ForgettingTable,
     GuardSettings,
+    LeftOut,
     Verdict,
     examine,
     guard_decline,
     guard_revision,
+    recent,
+    spent,
 )
 
 CLASSES = [f"class-{number:03d}" for number in range(150)]
@@ -324,3 +328,115 @@ def test_losses_spread_over_many_classes_are_seen_together() -> None:
     spread = ["other" if n % 10 == n // 20 else name for n, name in enumerate(truth)]
     held, _ = guard_decline(truth, truth, spread)
     assert held == ["accuracy fell from 100.0% to 90.0% of 120 examples, since the best revision so far"]
+
+
+def test_a_candidate_looked_at_again_and_again_is_refused_no_more_often_than_stated() -> None:
+    """Labels keep coming, and someone looks until there is something to see; alpha must hold over all of that.
+
+    One exam grows from 2 to 40 examples a class over twelve looks; 5 % of the answers changed, either way alike.
+    """
+    rng = np.random.default_rng(11)
+    labels = exam_of(1, CLASSES[:30])
+    settings = ExamSettings(alpha=0.2, collapse_examples=50, collapse_always=50)
+    refused = 0
+    for _ in range(60):
+        was: list[str | None] = []
+        now: list[str | None] = []
+        truth: list[str] = []
+        looks = []
+        for look in range(1, 13):
+            for _ in range(4 if look > 1 else 2):
+                same, lost = rng.random(len(labels)) < 0.9, rng.random(len(labels)) < 0.5
+                changed = rng.random(len(labels)) < 0.05
+                truth += labels
+                was += answers(labels, np.where(changed, lost, same))
+                now += answers(labels, np.where(changed, ~lost, same))
+            looks.append(examine(truth, was, now, look=look, settings=settings).promote)
+        refused += not all(looks)
+    assert refused / 60 <= 0.2
+    assert sum(spent(0.05, look) for look in range(1, 10_000)) == pytest.approx(0.05, abs=1e-5)
+    with pytest.raises(ValueError, match="counted from 1"):
+        examine(labels, labels, labels, look=0)
+
+
+def test_one_class_down_ten_points_among_150_is_refused_in_an_otherwise_quiet_exam() -> None:
+    """Ten of a hundred lost is beyond the budget; Holm over 150 classes would want twelve lost to say so."""
+    labels = exam_of(100)
+    was = np.ones(len(labels), dtype=bool)
+    was[::20] = False
+    now = was.copy()
+    now[1:11] = False
+    verdict = examine(labels, answers(labels, was), answers(labels, now))
+    assert not verdict.promote
+    assert "class 'class-000' is worse" in verdict.reasons[0]
+    # Every other class loses one and gains one: still seen. Lost within the budget: not.
+    now[100::100] = ~was[100::100]
+    now[102::100] = ~was[102::100]
+    assert not examine(labels, answers(labels, was), answers(labels, now)).promote
+    now[1:6] = was[1:6]
+    assert examine(labels, answers(labels, was), answers(labels, now)).promote
+
+
+def test_balanced_accuracy_speaks_for_rare_classes() -> None:
+    """Thirty rare classes lose a little each, too little to be named, and a large one hides it in accuracy."""
+    labels = exam_of(60, CLASSES[:30]) + ["large"] * 5_000
+    was = np.ones(len(labels), dtype=bool)
+    was[1_800:2_000] = False
+    now = was.copy()
+    now[:1_800:30] = False
+    now[1_800:1_900] = True
+    verdict = examine(labels, answers(labels, was), answers(labels, now))
+    assert verdict.candidate_accuracy > verdict.champion_accuracy
+    assert verdict.candidate_balanced < verdict.champion_balanced
+    assert not verdict.promote
+    assert "the mean of the 31 classes' recalls fell significantly" in " ".join(verdict.reasons)
+    assert examine(labels, answers(labels, now), answers(labels, was)).balanced_p_value == 1.0
+
+
+def test_old_examples_do_not_block_right_adaptation_unless_they_are_asked_to() -> None:
+    """The world turned: what was called a is called b. Old examples speak for the champion, recent ones against it."""
+    start = datetime(2024, 1, 1, tzinfo=UTC)
+    observed = [start + timedelta(days=day) for day in range(100)] * 2
+    turned = [day >= 60 for day in range(100)] * 2
+    kinds = ["x"] * 100 + ["y"] * 100
+    labels = [{"x": "b", "y": "a"}[k] if t else {"x": "a", "y": "b"}[k] for k, t in zip(kinds, turned, strict=True)]
+    champion: list[str | None] = [{"x": "a", "y": "b"}[kind] for kind in kinds]
+    adapted: list[str | None] = [{"x": "b", "y": "a"}[kind] for kind in kinds]
+
+    def verdict(settings: ExamSettings, was: list[str | None], now: list[str | None]) -> bool:
+        kept = recent(labels, observed, settings)
+        return examine(
+            [labels[r] for r in kept], [was[r] for r in kept], [now[r] for r in kept], settings=settings
+        ).promote
+
+    everything, window = ExamSettings(), ExamSettings(recent=timedelta(days=30))
+    assert not verdict(everything, champion, adapted)
+    assert verdict(window, champion, adapted)
+    assert not verdict(window, adapted, champion), "and what unlearns the present is refused all the more"
+    # A class that became rare keeps its newest examples, so it cannot be lost unseen.
+    rare = [*labels, *["rare"] * 40]
+    times = [*observed, *[start - timedelta(days=day) for day in range(40)]]
+    kept = recent(rare, times, ExamSettings(recent=timedelta(days=10), recent_least=12))
+    assert sorted(times[row] for row in kept if rare[row] == "rare") == sorted(times[200:], reverse=True)[:12][::-1]
+    assert recent(labels, observed, everything) == list(range(200))
+    assert recent([], [], window) == []
+
+
+def test_classes_too_young_for_the_exam_are_judged_left_out_and_only_against() -> None:
+    """A class of six labels gives none to the exam; that it was lost must be seen, that it was kept is not proven."""
+    labels: list[str] = ["old"] * 60
+    right: list[str | None] = ["old"] * 60
+    young = ["young"] * 6
+    lost = LeftOut(labels=young, champion=["young"] * 6, candidate=["old"] * 6)
+    verdict = examine(labels, right, right, champion_classes=["old", "young"], left_out=lost)
+    assert verdict.reasons == [
+        "class 'young' is forgotten: from 6 to 0 right of 6, each left out of the heads that answered it"
+    ]
+    assert [c.left_out for c in verdict.classes] == [False, True]
+    assert verdict.n == 60, "they count towards no accuracy"
+    kept = LeftOut(labels=young * 20, champion=["young"] * 120, candidate=["young"] * 120)
+    verdict = examine(labels, right, right, champion_classes=["old", "young"], left_out=kept)
+    assert verdict.promote
+    assert verdict.unjudged == ["young"]
+    twice = LeftOut(labels=["old"] * 9, champion=["old"] * 9, candidate=["young"] * 9)
+    assert examine(labels, right, right, left_out=twice).promote, "of a class in the exam only the exam counts"

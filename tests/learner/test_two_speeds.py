@@ -111,9 +111,9 @@ def test_examples_that_came_during_a_run_are_embedded_before_the_promotion(
     given: list[set[str]] = []
     put = loop.learner.put_in_service
 
-    def watched(manifest: object, embeddings: dict[str, object], *rest: object) -> None:
+    def watched(manifest: object, embeddings: dict[str, object], *rest: object, **named: object) -> None:
         given.append(set(embeddings))
-        put(manifest, embeddings, *rest)  # type: ignore[arg-type]
+        put(manifest, embeddings, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(loop.learner, "put_in_service", watched)
     assert run(lambda: loop.teach("calm20", "storm20")) == "promoted"
