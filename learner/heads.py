@@ -35,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.blas import dgemm
 from scipy.special import expit
 
 Floats = npt.NDArray[np.float32]
@@ -50,7 +51,7 @@ DEFAULT_PRIOR: Prior = "sqrt"
 """On 24,738 days of geomagnetic levels, 1 to 3 points of accuracy above uniform, macro-F1 no more than half a
 point below; empirical gains 0.6 to 1.6 more, but at one of four thresholds its macro-F1 is below no-change."""
 DEFAULT_WIDTH = 2_000
-"""On CLINC150 1.8 points above none with all labels seen; 1,000 features give 1.0. See benchmarks/README.md."""
+"""For texts: on CLINC150 1.3 points above none. What it costs is in benchmarks/README.md."""
 KNOWN_ABOVE_HALF = 0.05
 """The share of events of known classes whose novelty is above 0.5, once it is calibrated."""
 _ENOUGH_TO_LEAVE_ONE_OUT = 5
@@ -102,17 +103,20 @@ class Lift:
         if not self.width:
             return x
         # Products of whole numbers below 2^53 are exact, in whatever order a matrix kernel adds them up.
-        lifted = x @ _projection(self.dimension, self.width, "float64")
+        lifted: Doubles = x @ _projection(self.dimension, self.width, "float64")
         lifted *= 1.0 / _divisor(self.dimension)
-        return np.clip(np.rint(lifted, out=lifted), 0.0, LEVELS, out=lifted)
+        np.rint(lifted, out=lifted)
+        np.clip(lifted, 0.0, LEVELS, out=lifted)
+        return lifted
 
     def floats(self, embeddings: Floats) -> Floats:
         """Features (n, f) of embeddings as they come, for asking and not for learning."""
         if not self.width:
             return embeddings
-        lifted = embeddings @ _projection(self.dimension, self.width, "float32")
+        lifted: Floats = embeddings @ _projection(self.dimension, self.width, "float32")
         lifted *= np.float32(1.0 / _divisor(self.dimension))
-        return np.clip(lifted, np.float32(0.0), np.float32(self.bound), out=lifted)
+        np.clip(lifted, np.float32(0.0), np.float32(self.bound), out=lifted)
+        return lifted
 
 
 def _divisor(dimension: int) -> float:
@@ -196,7 +200,7 @@ class HeadSums:
             ValueError: shapes do not match.
             OverflowError: a sum would leave the range in which it is exact; nothing is changed.
         """
-        self._move(self._part(q, labels), +1)
+        self._move(q, labels, +1)
 
     def subtract(self, q: Quantised, labels: Sequence[str]) -> None:
         """Unlearn what was added before, exactly.
@@ -204,13 +208,15 @@ class HeadSums:
         Raises:
             ValueError: shapes do not match, or more is taken than was ever added; nothing is changed.
         """
-        self._move(self._part(q, labels), -1)
+        self._move(q, labels, -1)
 
     def merge(self, other: HeadSums) -> None:
         """Add all that `other` learned; the same as adding its examples here."""
         if other.lift != self.lift:
             raise ValueError(f"sums of {other.lift} cannot join sums of {self.lift}")
-        self._move(other, +1)
+        moved = self._check(other._gram.diagonal(), other._sums, other._counts, +1)
+        self._gram += other._gram
+        self._take(*moved)
 
     def copy(self) -> HeadSums:
         """An independent copy."""
@@ -263,42 +269,58 @@ class HeadSums:
     def __repr__(self) -> str:
         return f"HeadSums({self.lift}, classes={len(self._counts)}, examples={self.total})"
 
-    def _part(self, q: Quantised, labels: Sequence[str]) -> HeadSums:
-        """The sums of these examples alone."""
+    def _move(self, q: Quantised, labels: Sequence[str], sign: int) -> None:
+        """Add or subtract examples, all or nothing."""
         if q.dtype != np.int16 or q.ndim != 2 or q.shape != (len(labels), self.dimension):
             raise ValueError(
                 f"expected int16 of shape ({len(labels)}, {self.dimension}), found {q.dtype} of shape {q.shape}"
             )
-        part = HeadSums(self.dimension, self.bound, self.lift.width)
-        for start in range(0, len(q), _ROWS_AT_A_TIME):
+        diagonal = np.zeros(self.lift.features)
+        sums: dict[str, Doubles] = {}
+        counts: dict[str, int] = {}
+        starts = range(0, len(q), _ROWS_AT_A_TIME)
+        for start in starts:
             x = self.lift.integers(q[start : start + _ROWS_AT_A_TIME])
-            part._gram += x.T @ x
+            diagonal += np.einsum("nf,nf->f", x, x)
             positions: dict[str, list[int]] = {}
             for position, label in enumerate(labels[start : start + _ROWS_AT_A_TIME]):
                 positions.setdefault(label, []).append(position)
             for label, rows in positions.items():
-                part._sums[label] = part._sums.get(label, 0.0) + x[rows].sum(axis=0)
-                part._counts[label] = part._counts.get(label, 0) + len(rows)
-        return part
+                sums[label] = sums.get(label, 0.0) + x[rows].sum(axis=0)
+                counts[label] = counts.get(label, 0) + len(rows)
+        moved = self._check(diagonal, sums, counts, sign)
+        # A few examples change a wide head's tens of megabytes in place; its features are cheaper made twice than kept.
+        gram = self._gram if self.total + sign * len(labels) else self._gram.copy()
+        for start in starts:
+            if len(starts) > 1:
+                x = self.lift.integers(q[start : start + _ROWS_AT_A_TIME])
+            # The matrix is symmetric, so its transpose is itself in the order that BLAS writes.
+            dgemm(float(sign), x, x, 1.0, gram.T, trans_a=True, overwrite_c=True)
+        if gram is not self._gram and gram.any():
+            raise ValueError("the sums would lose an example that they were never given")
+        self._gram = gram
+        self._take(*moved)
 
-    def _move(self, part: HeadSums, sign: int) -> None:
-        """Add or subtract other sums, all or nothing."""
-        diagonal = self._gram.diagonal() + sign * part._gram.diagonal()
+    def _check(
+        self, diagonal: Doubles, sums: Mapping[str, Doubles], counts: Mapping[str, int], sign: int
+    ) -> tuple[dict[str, Doubles], dict[str, int]]:
+        """The changed classes' sums and counts after this move, if it may be made."""
+        after = self._gram.diagonal() + sign * diagonal
         # By Cauchy-Schwarz no entry of a Gram matrix, and no partial sum on the way to it, exceeds its
         # largest diagonal entry; class sums are smaller still. One test covers every array.
-        if diagonal.max() >= EXACT:
+        if after.max() >= EXACT:
             raise OverflowError(f"{self.total} examples are too many to be summed exactly at bound {self.bound}")
-        counts, rows = {}, {}
-        for name, count in part._counts.items():
-            counts[name] = self._counts.get(name, 0) + sign * count
-            rows[name] = self._sums.get(name, 0.0) + sign * part._sums[name]
-            if counts[name] < 0 or (counts[name] == 0 and rows[name].any()):
+        rows, left = {}, {}
+        for name, count in counts.items():
+            left[name] = self._counts.get(name, 0) + sign * count
+            rows[name] = self._sums.get(name, 0.0) + sign * sums[name]
+            if left[name] < 0 or (left[name] == 0 and rows[name].any()):
                 raise ValueError(f"class {name!r} would lose an example that it was never given")
-        left = self.total + sign * part.total
-        if diagonal.min() < 0 or (left == 0 and not np.array_equal(self._gram, -sign * part._gram)):
+        if after.min() < 0:
             raise ValueError("the sums would lose an example that they were never given")
-        # In place: a wide head's matrix is tens of megabytes, and it is moved at every batch of labels.
-        (np.add if sign > 0 else np.subtract)(self._gram, part._gram, out=self._gram)
+        return rows, left
+
+    def _take(self, rows: Mapping[str, Doubles], counts: Mapping[str, int]) -> None:
         for name, count in counts.items():
             if count:
                 self._counts[name] = count
