@@ -16,10 +16,11 @@ moved since it was calibrated. What labelled predictions showed corrects it:
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 Method = Literal["average", "difference", "threshold", "last_known"]
 DEFAULT_METHOD: Method = "difference"
@@ -36,20 +37,22 @@ class AccuracyEstimator:
     """
 
     def __init__(self, method: Method = DEFAULT_METHOD, window: int = 500, remembered: int = 20_000) -> None:
-        self._guess = _GUESSES[method]
+        self._fit = _FITS[method]
         self._remembered = remembered
         self._recent: deque[float] = deque(maxlen=window)
         self._waiting: OrderedDict[str, tuple[float, float | None]] = OrderedDict()
         self._labelled: deque[tuple[float, bool]] = deque(maxlen=window)
         self._said: deque[tuple[float, bool]] = deque(maxlen=window)
+        self._guess: Guess | None = None
+        self._stale = False
 
     def predicted(self, event_id: str, confidence: float) -> None:
         """A prediction was served with this probability of its best class."""
         if event_id in self._waiting:
             return
         self._recent.append(confidence)
-        guess = self._guess([confidence], self._labelled) if len(self._labelled) >= _ENOUGH else None
-        self._waiting[event_id] = (confidence, guess)
+        guess = self._fitted()
+        self._waiting[event_id] = (confidence, None if guess is None else guess(confidence))
         if len(self._waiting) > self._remembered:
             self._waiting.popitem(last=False)
 
@@ -58,16 +61,18 @@ class AccuracyEstimator:
         found = self._waiting.pop(event_id, None)
         if found is None:
             return
-        confidence, guess = found
+        confidence, said = found
         self._labelled.append((confidence, right))
-        if guess is not None:
-            self._said.append((guess, right))
+        self._stale = True
+        if said is not None:
+            self._said.append((said, right))
 
     def estimate(self) -> float | None:
         """The accuracy of the recent predictions, or None before there are labels enough to judge by."""
-        if not self._recent or len(self._labelled) < _ENOUGH:
+        guess = self._fitted()
+        if guess is None or not self._recent:
             return None
-        return self._guess(self._recent, self._labelled)
+        return min(1.0, max(0.0, float(np.mean([guess(confidence) for confidence in self._recent]))))
 
     def error(self) -> float | None:
         """How far off the estimate was for the predictions labelled last; positive where it was too high."""
@@ -76,32 +81,40 @@ class AccuracyEstimator:
         said = np.array(self._said)
         return float(said[:, 0].mean() - said[:, 1].mean())
 
-
-Labelled = Sequence[tuple[float, bool]]
-
-
-def _average(recent: Sequence[float], labelled: Labelled) -> float:
-    return float(np.mean(recent))
-
-
-def _difference(recent: Sequence[float], labelled: Labelled) -> float:
-    confidence, right = np.array(labelled, dtype=np.float64).T
-    return float(np.clip(np.mean(recent) + right.mean() - confidence.mean(), 0.0, 1.0))
+    def _fitted(self) -> Guess | None:
+        if self._stale and len(self._labelled) >= _ENOUGH:
+            confidence, right = np.array(self._labelled, dtype=np.float64).T
+            self._guess, self._stale = self._fit(confidence, right), False
+        return self._guess
 
 
-def _threshold(recent: Sequence[float], labelled: Labelled) -> float:
-    confidence, right = np.array(labelled, dtype=np.float64).T
-    return float((np.asarray(recent) > np.quantile(confidence, 1.0 - right.mean())).mean())
+Guess = Callable[[float], float]
+Doubles = npt.NDArray[np.float64]
 
 
-def _last_known(recent: Sequence[float], labelled: Labelled) -> float:
-    return float(np.array(labelled, dtype=np.float64)[:, 1].mean())
+def _average(confidence: Doubles, right: Doubles) -> Guess:
+    return lambda asked: asked
 
 
-_GUESSES: dict[Method, Callable[[Sequence[float], Labelled], float]] = {
+def _difference(confidence: Doubles, right: Doubles) -> Guess:
+    shift = float(right.mean() - confidence.mean())
+    return lambda asked: asked + shift
+
+
+def _threshold(confidence: Doubles, right: Doubles) -> Guess:
+    least = float(np.quantile(confidence, 1.0 - right.mean()))
+    return lambda asked: float(asked > least)
+
+
+def _last_known(confidence: Doubles, right: Doubles) -> Guess:
+    known = float(right.mean())
+    return lambda asked: known
+
+
+_FITS: dict[Method, Callable[[Doubles, Doubles], Guess]] = {
     "average": _average,
     "difference": _difference,
     "threshold": _threshold,
     "last_known": _last_known,
 }
-METHODS: tuple[Method, ...] = tuple(_GUESSES)
+METHODS: tuple[Method, ...] = tuple(_FITS)

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -26,11 +28,11 @@ from safetensors.numpy import save as save_tensors
 
 from learner.encoders import Encoder, Payload, load_encoder
 from learner.exam import GuardSettings, guard_decline, guard_revision
-from learner.heads import HeadSums, LinearHead, dequantise, quantise, solve
+from learner.heads import Calibration, HeadSums, LinearHead, calibrate, dequantise, quantise, solve
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from replay.policy import quotas
-from replay.store import Example, Forgotten, LearnerStore, NotEmbedded, Outgoing, Transaction
+from replay.store import Example, Forgotten, LearnerStore, LedgerSlice, NotEmbedded, Outgoing, Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,13 @@ YOUNG_LABELS = 20
 """A class with fewer labels may still rise quickly in its share of the answers."""
 REFERENCE_EXAMPLES = 200
 """Examples whose mean the input's drift is measured from."""
+CALIBRATION_EXAMPLES = 300
+"""Labels learned last that the head's probabilities and novelty are fitted on, each left out of the head."""
+SLOW_SOLVE = 0.05
+"""Seconds: a head that takes longer to solve is solved so seldom that learning keeps most of its thread."""
+SOLVE_SHARE = 0.2
+"""The most of its thread's time that solving a slow head may take."""
+TAIL = 2 * CALIBRATION_EXAMPLES
 SAVE_SUMS_EVERY = 20_000
 """Ledger rows between two saved copies of the sums, which bound how many are followed at a start."""
 
@@ -62,6 +71,7 @@ class StreamPlan:
         channels: telemetry channels in the model's order.
         base: builds the encoder that the first version has; called once in the stream's life.
         prior: how a class's frequency counts in the head.
+        random_features: the head's width; 0 for none. Counts from the next encoder on.
         guard: what a revision must not do.
         labels: class names known from the start, which count towards no quota.
         max_classes: the most class names the stream may ever have.
@@ -73,6 +83,7 @@ class StreamPlan:
     channels: tuple[str, ...]
     base: Callable[[], Encoder]
     prior: Literal["uniform", "sqrt", "empirical"] = "sqrt"
+    random_features: int = 0
     guard: GuardSettings = field(default_factory=GuardSettings)
     labels: frozenset[str] = frozenset()
     max_classes: int = 1_000
@@ -172,6 +183,10 @@ class OnlineLearner:
         self.sums: HeadSums
         self.serving = InService("v0", 0, "", None)
         self.paused = False
+        self._recent: OrderedDict[str, tuple[npt.NDArray[np.int16], str]] = OrderedDict()
+        self._calibration: Calibration | None = None
+        self._calibrated_by = 0
+        self._rest_until = 0.0
 
     # Opening
 
@@ -264,10 +279,20 @@ class OnlineLearner:
         spec = self.encoder.spec
         saved = self._store.sums(self.plan.name, self.encoder_digest)
         if saved is None:
-            self._seq, self.sums = 0, HeadSums(spec.dimension, spec.bound)
+            self._seq, self.sums = 0, HeadSums(spec.dimension, spec.bound, self.plan.random_features)
         else:
             self._seq, self.sums = saved[0], HeadSums.from_tensors(load_tensors(saved[1]))
+            if self.sums.lift.width != self.plan.random_features:
+                # The ledger may no longer hold every label that the sums know.
+                logger.info(
+                    "stream %s: its head keeps %d random features until its encoder changes",
+                    self.plan.name,
+                    self.sums.lift.width,
+                )
         self._saved_seq = self._seq
+        self._recent.clear()
+        self._calibration, self._calibrated_by = None, 0
+        self._note(self._store.follow_ledger(self.plan.name, self.encoder_digest, max(0, self._seq - TAIL), TAIL))
 
     @property
     def device(self) -> str:
@@ -329,10 +354,22 @@ class OnlineLearner:
             self.sums.add(*rows.added)
             self.sums.subtract(*rows.removed)
             self._removed = self._removed or bool((rows.signs < 0).any())
+            self._note(rows)
             self._seq = rows.seq
             count += len(rows)
         self._changed = self._changed or count > 0
         return count
+
+    def _note(self, rows: LedgerSlice) -> None:
+        """Remember the labels learned last."""
+        for event_id, label, sign, embedding in zip(
+            rows.event_ids, rows.labels, rows.signs, rows.embeddings, strict=True
+        ):
+            self._recent.pop(event_id, None)
+            if sign > 0:
+                self._recent[event_id] = embedding, label
+                if len(self._recent) > CALIBRATION_EXAMPLES:
+                    self._recent.popitem(last=False)
 
     def save(self, now: datetime) -> None:
         """Keep the sums where many ledger rows were followed since they were kept last, or some cancel out."""
@@ -363,6 +400,8 @@ class OnlineLearner:
                 sums.subtract(found.embeddings, found.labels)
             tx.save_sums(self.plan.name, self.encoder_digest, self._seq, _packed(sums))
         self.sums, self._saved_seq = sums, self._seq
+        for event_id in event_ids:
+            self._recent.pop(event_id, None)
         self._changed = self._changed or bool(found.labels)
         self.relearned()
         self.follow()
@@ -379,7 +418,12 @@ class OnlineLearner:
         """
         if self.paused or not (self._changed or kind == "champion"):
             return False
-        head = solve(self.sums, prior=self.plan.prior)
+        if kind == "revision" and time.monotonic() < self._rest_until:
+            return False
+        began = time.monotonic()
+        head = solve(self.sums, prior=self.plan.prior, calibration=self._calibrated())
+        took = time.monotonic() - began
+        self._rest_until = began + (took / SOLVE_SHARE if took > SLOW_SOLVE else 0.0)
         if guard and (reasons := self._guard(head)):
             if reasons != self._held:
                 logger.warning("stream %s: a revision is held: %s", self.plan.name, "; ".join(reasons))
@@ -403,6 +447,15 @@ class OnlineLearner:
         self._changed = False
         self._metrics.revisions.labels(self.plan.name, "announced").inc()
         return True
+
+    def _calibrated(self) -> Calibration | None:
+        """The calibration of the sums, fitted again when their examples became a tenth more or fewer."""
+        total, before = self.sums.total, self._calibrated_by
+        if not 0.9 * before - 20 < total < 1.1 * before + 20 and self._recent:
+            q = np.stack([embedding for embedding, _ in self._recent.values()])
+            labels = [label for _, label in self._recent.values()]
+            self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=self.plan.prior), total
+        return self._calibration
 
     @property
     def held(self) -> list[str]:
