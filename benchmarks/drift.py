@@ -130,7 +130,7 @@ def contestants(*, quick: bool) -> list[Contestant]:
     steps = slice(None, None, 3 if quick else 1)
     return [
         Contestant("trimtab", lambda every, run: Trimtab(int(every)), [EVERY]),
-        # Asked to be wrong five times as seldom: to compare with rivals that turn out to be wrong more seldom than asked.
+        # Asked to be wrong five times as seldom: to compare with rivals that turn out to be wrong less than asked.
         Contestant("trimtab_shy", lambda every, run: Trimtab(int(every)), [5 * EVERY]),
         Contestant(
             "trimtab_tuned", lambda every, run: Trimtab(int(every)), [10 ** (3 + e / 2) for e in range(9)][steps]

@@ -29,7 +29,7 @@ from torch import nn
 from benchmarks.report import Result, Row, machine, options, publish, versions
 from learner.encoders import Encoder, Payload, build_telemetry_encoder
 from learner.finetune import FineTuneSettings
-from learner.heads import HeadSums, quantise, solve
+from learner.heads import DEFAULT_WIDTH, HeadSums, quantise, solve
 from replay.policy import ReplaySettings
 from replay.store import Content, LearnerStore
 from stream.errors import TrimtabError
@@ -238,7 +238,7 @@ def head(chosen: argparse.Namespace, say: Say) -> list[Row]:
         chance = np.random.default_rng(classes)
         names = [f"class {number:04d}" for number in range(classes)]
         q = quantise(chance.uniform(-BOUND, BOUND, (LABELS_AT_A_TIME, DIMENSION)), BOUND)
-        sums = HeadSums(DIMENSION, BOUND)
+        sums = HeadSums(DIMENSION, BOUND, chosen.width)
         for start in range(0, classes, LABELS_AT_A_TIME):
             part = names[start : start + LABELS_AT_A_TIME]
             for _ in range(5):
@@ -262,12 +262,12 @@ def head(chosen: argparse.Namespace, say: Say) -> list[Row]:
             _row("head", mode, "bytes_served_per_class", sent / classes, "bytes"),
         ]
         say(f"head, {classes} classes: {per_label * 1e6:,.1f} µs a label, {per_event * 1e6:,.1f} µs an event")
-    error = error_after_million(32 if chosen.quick else DIMENSION)
+    error = error_after_million(*((32, 64) if chosen.quick else (DIMENSION, chosen.width)))
     say(f"head, after a million additions and subtractions: {error:g} off")
     return [*_with_ratios(rows), _row("head", None, "error_after_million", error, "quantisation steps")]
 
 
-def error_after_million(dimension: int) -> float:
+def error_after_million(dimension: int, width: int) -> float:
     """The largest difference between a head that was taught and untaught a million times and one that was not.
 
     Examples go in in one order and grouping and come out in others, until a thousand are left; a second head learns
@@ -278,7 +278,7 @@ def error_after_million(dimension: int) -> float:
     labels = np.array([f"class {number % 150}" for number in range(len(pool))])
     stay = 1_000
     taught = chance.integers(0, len(pool), (MILLION + stay) // 2)
-    sums, left = HeadSums(dimension, BOUND), HeadSums(dimension, BOUND)
+    sums, left = HeadSums(dimension, BOUND, width), HeadSums(dimension, BOUND, width)
     for part in np.split(taught, range(1_000, len(taught), 1_000)):
         sums.add(pool[part], labels[part].tolist())
     chance.shuffle(taught)
@@ -427,6 +427,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options(__doc__ or "")
     parser.prog = "python -m benchmarks.learning_cost"
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="these parts alone")
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=DEFAULT_WIDTH,
+        metavar="N",
+        help="the head's random features (default: as it ships for texts)",
+    )
     parser.add_argument("--full", action="store_true", help="a store of a million examples as well")
     parser.add_argument("--examples", type=int, metavar="N", help="questions to train on (default 640, quick 96)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the networks (default 1, as it ships)")

@@ -22,7 +22,7 @@ from rich.console import Console
 from benchmarks.forward import STREAM, base_encoder, questions
 from benchmarks.kafka import REPOSITORY, BenchmarkFailed, Contestant, Kafka, Passage, running_kafka
 from benchmarks.report import Contest, Result, Row, machine, options, publish, versions
-from learner.heads import HeadSums, quantise, solve
+from learner.heads import DEFAULT_WIDTH, HeadSums, quantise, solve
 from learner.registry import Pointer, Registry
 from stream.batches import BatchSettings
 from stream.errors import TrimtabError
@@ -83,7 +83,7 @@ def teach(url: str, reports: Sequence[Report], labels: Sequence[str], device: st
     encoder = base_encoder(device)
     registry = Registry(url)
     embeddings = encoder.embed([report.text for report in reports])
-    sums = HeadSums(encoder.spec.dimension, encoder.spec.bound)
+    sums = HeadSums(encoder.spec.dimension, encoder.spec.bound, DEFAULT_WIDTH)
     sums.add(quantise(embeddings, encoder.spec.bound), labels)
     head = solve(sums)
     assert head is not None

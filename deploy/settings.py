@@ -34,6 +34,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from learner.control import ControlSettings
 from learner.exam import ExamSettings, GuardSettings
 from learner.finetune import FineTuneSettings
+from learner.heads import DEFAULT_WIDTH
 from learner.shadow import ShadowSettings
 from learner.trust import TrustSettings
 from monitoring.drift import DriftSettings
@@ -249,6 +250,13 @@ class StreamSettings(_Block):
         default="sqrt",
         description="how much a frequent class is favoured: not at all, by the root of its frequency, or fully",
     )
+    random_features: int = Field(
+        default=0,
+        ge=0,
+        le=8_192,
+        description="width of the instant head: random features of the embedding that it is linear in; 0 takes the "
+        "embedding itself. More tells apart better; it costs width^2 * 8 bytes, and width^3 operations a revision",
+    )
     replay: ReplaySettings = ReplaySettings()
     finetune: FineTuneSettings = FineTuneSettings()
     triggers: TriggerSettings = TriggerSettings()
@@ -288,6 +296,9 @@ class TextStream(StreamSettings):
 
     kind: Literal["text"]
     encoder: TextEncoderSettings = TextEncoderSettings()
+    random_features: int = Field(
+        default=DEFAULT_WIDTH, ge=0, le=8_192, description="width of the instant head, as for every stream"
+    )
     max_characters: int = Field(default=20_000, ge=1, le=1_000_000, description="a longer text is a dead letter")
 
 

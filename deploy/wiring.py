@@ -316,6 +316,7 @@ def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
         channels=() if isinstance(stream, TextStream) else stream.encoder.channels,
         base=base,
         prior=stream.prior,
+        random_features=stream.random_features,
         guard=stream.guard,
         shadow=stream.shadow,
         budget=stream.exam.budget,

@@ -364,6 +364,11 @@ class LearnerApp:
             right, total = parts.store.accuracy(stream)
             if total:
                 metrics.accuracy.labels(stream).set(right / total)
+            estimator = parts.joiner.estimators[stream]
+            if (estimate := estimator.estimate()) is not None:
+                metrics.accuracy_estimate.labels(stream).set(estimate)
+            if (error := estimator.error()) is not None:
+                metrics.accuracy_estimate_error.labels(stream).set(error)
             counts = parts.store.class_counts(stream, member_only=True)
             metrics.set_bounded(metrics.replay_examples, stream, {name: float(n) for name, n in counts.items()})
             metrics.classes.labels(stream).set(len(learner.sums.counts))
@@ -544,6 +549,8 @@ class LearnerApp:
             "labels_learned": learner.sums.total,
             "accuracy": right / total if total else None,
             "scored": total,
+            "accuracy_estimate": parts.joiner.estimators[stream].estimate(),
+            "accuracy_estimate_error": parts.joiner.estimators[stream].error(),
             "drift": {k: parts.drift[stream].state(k).name.lower() for k in DRIFT_KINDS},
             "fine_tune": {
                 "running": course.running,

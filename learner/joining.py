@@ -18,6 +18,7 @@ from datetime import datetime
 from typing import Protocol, TypeVar
 
 from learner.encoders import payload
+from learner.estimate import AccuracyEstimator
 from learner.online import OnlineLearner
 from learner.shadow import Event, Trial
 from monitoring.drift import DriftMonitor
@@ -85,6 +86,7 @@ class Joiner:
         self._metrics, self._clock = metrics, clock
         self._offsets: dict[Partition, int] = {}
         self._aliases: dict[str, dict[str, str]] = {}
+        self.estimators = {stream: AccuracyEstimator() for stream in learners}
 
     def starts(self, partitions: Sequence[Partition]) -> dict[Partition, int]:
         """Where the store's offsets say that each partition is to be read from; told to the reader."""
@@ -301,10 +303,17 @@ class Joiner:
             metrics.labels.labels(row.label.stream, "quarantined").inc()
         for (stream, outcome), count in joined.first_scores.items():
             metrics.scored.labels(stream, outcome).inc(count)
+        for prediction, _ in predictions:
+            estimator = self.estimators.get(prediction.stream)
+            if estimator is not None and prediction.probabilities:
+                estimator.predicted(prediction.event_id, max(prediction.probabilities.values()))
         for score in joined.scores:
             drift = self._drift.get(score.stream)
             if drift is not None:
                 drift.update("error", 0.0 if score.right else 1.0)
+            estimator = self.estimators.get(score.stream)
+            if estimator is not None:
+                estimator.scored(score.event_id, score.right)
         for prediction, _ in predictions:
             drift = self._drift.get(prediction.stream)
             if drift is not None and prediction.label is not None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -34,12 +36,12 @@ from learner.exam import (
     guard_revision,
     recent,
 )
-from learner.heads import HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
+from learner.heads import Calibration, HeadSums, LinearHead, calibrate, dequantise, leave_one_out, quantise, solve
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
-from learner.shadow import Duel, Event, Shadow, ShadowSettings, Trial
+from learner.shadow import SLOW_SOLVE, SOLVE_SHARE, Duel, Event, Shadow, ShadowSettings, Trial
 from monitoring.metrics import Metrics
 from replay.policy import quotas
-from replay.store import Example, Forgotten, LearnerStore, NotEmbedded, Outgoing, Transaction
+from replay.store import Example, Forgotten, LearnerStore, LedgerSlice, NotEmbedded, Outgoing, Transaction
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,11 @@ GUARD_EXAMPLES = 1_000
 """Exam examples that a revision is checked on: enough to see a class fall, few enough for every half second."""
 YOUNG_LABELS = 20
 """A class with fewer labels may still rise quickly in its share of the answers."""
+REFERENCE_EXAMPLES = 200
+"""Examples whose mean the input's drift is measured from."""
+CALIBRATION_EXAMPLES = 300
+"""Labels learned last that the head's probabilities and novelty are fitted on, each left out of the head."""
+TAIL = 2 * CALIBRATION_EXAMPLES
 SAVE_SUMS_EVERY = 20_000
 """Ledger rows between two saved copies of the sums, which bound how many are followed at a start."""
 
@@ -69,6 +76,7 @@ class StreamPlan:
         channels: telemetry channels in the model's order.
         base: builds the encoder that the first version has; called once in the stream's life.
         prior: how a class's frequency counts in the head.
+        random_features: the head's width; 0 for none. Counts from the next encoder on.
         guard: what a revision must not do.
         shadow: how long the loser of a promotion answers along.
         budget: the largest fall of a class's recall that is allowed, in the shadow as in the exam.
@@ -82,6 +90,7 @@ class StreamPlan:
     channels: tuple[str, ...]
     base: Callable[[], Encoder]
     prior: Literal["uniform", "sqrt", "empirical"] = "sqrt"
+    random_features: int = 0
     guard: GuardSettings = field(default_factory=GuardSettings)
     shadow: ShadowSettings = field(default_factory=ShadowSettings)
     budget: float = 0.05
@@ -184,6 +193,10 @@ class OnlineLearner:
         self.serving = InService("v0", 0, "", None)
         self.paused = False
         self._shadow: Shadow | None = None
+        self._recent: OrderedDict[str, tuple[npt.NDArray[np.int16], str]] = OrderedDict()
+        self._calibration: Calibration | None = None
+        self._calibrated_by = 0
+        self._rest_until = 0.0
 
     # Opening
 
@@ -275,10 +288,20 @@ class OnlineLearner:
         spec = self.encoder.spec
         saved = self._store.sums(self.plan.name, self.encoder_digest)
         if saved is None:
-            self._seq, self.sums = 0, HeadSums(spec.dimension, spec.bound)
+            self._seq, self.sums = 0, HeadSums(spec.dimension, spec.bound, self.plan.random_features)
         else:
             self._seq, self.sums = saved[0], HeadSums.from_tensors(load_tensors(saved[1]))
+            if self.sums.lift.width != self.plan.random_features:
+                # The ledger may no longer hold every label that the sums know.
+                logger.info(
+                    "stream %s: its head keeps %d random features until its encoder changes",
+                    self.plan.name,
+                    self.sums.lift.width,
+                )
         self._saved_seq = self._seq
+        self._recent.clear()
+        self._calibration, self._calibrated_by = None, 0
+        self._note(self._store.follow_ledger(self.plan.name, self.encoder_digest, max(0, self._seq - TAIL), TAIL))
 
     @property
     def device(self) -> str:
@@ -330,10 +353,22 @@ class OnlineLearner:
             self._removed = self._removed or bool((rows.signs < 0).any())
             if self._shadow is not None:
                 self._shadow.follow(rows.event_ids, rows.labels, rows.signs.tolist())
+            self._note(rows)
             self._seq = rows.seq
             count += len(rows)
         self._changed = self._changed or count > 0
         return count
+
+    def _note(self, rows: LedgerSlice) -> None:
+        """Remember the labels learned last."""
+        for event_id, label, sign, embedding in zip(
+            rows.event_ids, rows.labels, rows.signs, rows.embeddings, strict=True
+        ):
+            self._recent.pop(event_id, None)
+            if sign > 0:
+                self._recent[event_id] = embedding, label
+                if len(self._recent) > CALIBRATION_EXAMPLES:
+                    self._recent.popitem(last=False)
 
     def save(self, now: datetime) -> None:
         """Keep the sums where many ledger rows were followed since they were kept last, or some cancel out."""
@@ -366,6 +401,8 @@ class OnlineLearner:
             # The loser's head may know them too, and their embeddings under its encoder are not kept.
             self._keep_duel(tx, None)
         self.sums, self._saved_seq, self._shadow = sums, self._seq, None
+        for event_id in event_ids:
+            self._recent.pop(event_id, None)
         self._changed = self._changed or bool(found.labels)
         self.relearned()
         self.follow()
@@ -382,7 +419,12 @@ class OnlineLearner:
         """
         if self.paused or not (self._changed or kind == "champion"):
             return False
-        head = solve(self.sums, prior=self.plan.prior)
+        if kind == "revision" and time.monotonic() < self._rest_until:
+            return False
+        began = time.monotonic()
+        head = solve(self.sums, prior=self.plan.prior, calibration=self._calibrated())
+        took = time.monotonic() - began
+        self._rest_until = began + (took / SOLVE_SHARE if took > SLOW_SOLVE else 0.0)
         if guard and (reasons := self._guard(head)):
             if reasons != self._held:
                 logger.warning("stream %s: a revision is held: %s", self.plan.name, "; ".join(reasons))
@@ -406,6 +448,15 @@ class OnlineLearner:
         self._changed = False
         self._metrics.revisions.labels(self.plan.name, "announced").inc()
         return True
+
+    def _calibrated(self) -> Calibration | None:
+        """The calibration of the sums, fitted again when their examples became a tenth more or fewer."""
+        total, before = self.sums.total, self._calibrated_by
+        if not 0.9 * before - 20 < total < 1.1 * before + 20 and self._recent:
+            q = np.stack([embedding for embedding, _ in self._recent.values()])
+            labels = [label for _, label in self._recent.values()]
+            self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=self.plan.prior), total
+        return self._calibration
 
     @property
     def held(self) -> list[str]:
@@ -572,7 +623,7 @@ class OnlineLearner:
         known = {row.event_id: embedding for row, embedding in zip(rows, q, strict=True)}
         taught, exam = [row for row in rows if not row.exam], [row for row in rows if row.exam]
         exam = [exam[at] for at in recent([row.label for row in exam], [row.observed_at for row in exam], settings)]
-        sums = HeadSums(manifest.encoder.dimension, bound)
+        sums = HeadSums(manifest.encoder.dimension, bound, self.plan.random_features)
         if taught:
             sums.add(np.stack([known[row.event_id] for row in taught]), [row.label for row in taught])
         heads = (solve(self.sums, prior=self.plan.prior), solve(sums, prior=self.plan.prior))
@@ -612,7 +663,8 @@ class OnlineLearner:
         tx.remember(f"shadow/{self.plan.name}", "null" if duel is None else duel.model_dump_json())
         if duel is None and self._shadow is not None:
             gone = self._shadow
-            tx.save_sums(self.plan.name, gone.duel.encoder, 0, _packed(HeadSums(gone.sums.dimension, gone.sums.bound)))
+            nothing = HeadSums(gone.sums.dimension, gone.sums.bound, gone.sums.lift.width)
+            tx.save_sums(self.plan.name, gone.duel.encoder, 0, _packed(nothing))
         if duel is not None and learned is not None:
             tx.save_sums(self.plan.name, duel.encoder, 0, _packed(learned))
 

@@ -20,6 +20,7 @@ The state is a handful of counts. Everything here is pure but for the encoder's 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -33,6 +34,10 @@ from learner.encoders import Encoder, Payload
 from learner.heads import HeadSums, LinearHead, Prior, dequantise, quantise, solve
 
 LOG2 = math.log(2.0)
+SLOW_SOLVE = 0.05
+"""Seconds: heads that take longer to solve are solved so seldom that learning keeps most of its thread."""
+SOLVE_SHARE = 0.2
+"""The most of its thread's time that solving slow heads may take."""
 
 
 class ShadowSettings(BaseModel):
@@ -199,6 +204,8 @@ class Shadow:
         self.duel, self._encoder, self._sums, self._prior = duel, encoder, sums, prior
         self._embeddings: dict[str, npt.NDArray[np.int16]] = {}
         self._taught: dict[str, str] = {}
+        self._heads: tuple[LinearHead | None, LinearHead | None] | None = None
+        self._rest_until = 0.0
 
     @property
     def sums(self) -> HeadSums:
@@ -219,8 +226,8 @@ class Shadow:
     ) -> Trial | None:
         """Both heads answer; neither is taught yet. None where there is nothing to answer.
 
-        Both are solved from their sums as they are now. The champion's revision in service may be half a second
-        older, or held by the guard, and that would not be the version's fault.
+        Both are solved from their sums at one moment. The champion's revision in service may be older, or held by
+        the guard, and that would not be the version's fault.
         """
         tried = set(self.duel.tried)
         events = [event for event in events if event.event_id not in tried][: settings.labels - self.duel.total.seen]
@@ -228,17 +235,24 @@ class Shadow:
             return None
         bound = self._encoder.spec.bound
         q = quantise(self._encoder.embed([event.payload for event in events]), bound)
-        mine = _answers(solve(self._sums, prior=self._prior), dequantise(q, bound))
-        theirs = _answers(
-            solve(champion, prior=self._prior),
-            dequantise(np.stack([event.embedding for event in events]), champion.bound),
-        )
+        own, other = self._solved(champion)
+        mine = _answers(own, dequantise(q, bound))
+        theirs = _answers(other, dequantise(np.stack([event.embedding for event in events]), champion.bound))
         outcomes = [
             Outcome(event.event_id, event.label, their == event.label, my == event.label)
             for event, their, my in zip(events, theirs, mine, strict=True)
         ]
         after = self.duel.after(outcomes, settings, budget)
         return Trial(after, {event.event_id: row for event, row in zip(events, q, strict=True)})
+
+    def _solved(self, champion: HeadSums) -> tuple[LinearHead | None, LinearHead | None]:
+        """The loser's head and the champion's; where they take long to solve they serve for several batches."""
+        began = time.monotonic()
+        if self._heads is None or began >= self._rest_until:
+            self._heads = solve(self._sums, prior=self._prior), solve(champion, prior=self._prior)
+            took = time.monotonic() - began
+            self._rest_until = began + (took / SOLVE_SHARE if took > SLOW_SOLVE else 0.0)
+        return self._heads
 
     def settle(self, trial: Trial) -> None:
         """The batch was kept: so is what came of it."""

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -43,8 +44,8 @@ from learner.finetune import (
     run_finetune,
 )
 from learner.gain import RECENT, Expected, Known, PastRun, expect
-from learner.heads import HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
-from learner.online import InService, OnlineLearner, installed
+from learner.heads import HeadSums, LinearHead, calibrate, dequantise, leave_one_out, quantise, solve
+from learner.online import CALIBRATION_EXAMPLES, InService, OnlineLearner, installed
 from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from replay.snapshot import write_snapshot
@@ -477,10 +478,16 @@ class Trainer:
     ) -> tuple[LinearHead, HeadSums, dict[str, str]]:
         present = self._store.present(learner.plan.name)
         taught = {event_id: label for event_id, (label, exam) in present.items() if not exam and event_id in embeddings}
-        sums = HeadSums(result.encoder.dimension, result.encoder.bound)
+        sums = HeadSums(result.encoder.dimension, result.encoder.bound, learner.plan.random_features)
         if taught:
             sums.add(np.stack([embeddings[event_id] for event_id in taught]), list(taught.values()))
-        head = solve(sums, prior=learner.plan.prior)
+        some = sorted(taught, key=lambda event_id: crc32(event_id.encode()))[:CALIBRATION_EXAMPLES]
+        calibration = None
+        if some:
+            left_out = np.stack([embeddings[event_id] for event_id in some])
+            labels = [taught[event_id] for event_id in some]
+            calibration = calibrate(sums, left_out, labels, prior=learner.plan.prior)
+        head = solve(sums, prior=learner.plan.prior, calibration=calibration)
         if head is None:
             raise FineTuneFailed("no class is left to learn")
         return head, sums, taught

@@ -201,6 +201,18 @@ class Metrics:
             ["stream"],
             registry=into,
         )
+        self.accuracy_estimate = Gauge(
+            "trimtab_accuracy_estimate_ratio",
+            "Estimated accuracy of the last 500 predictions, whether or not they have labels yet.",
+            ["stream"],
+            registry=into,
+        )
+        self.accuracy_estimate_error = Gauge(
+            "trimtab_accuracy_estimate_error_ratio",
+            "Estimated less true accuracy of the 500 predictions labelled last.",
+            ["stream"],
+            registry=into,
+        )
         self.label_delay = Histogram(
             "trimtab_label_delay_seconds",
             "From observed_at to labelled_at.",

@@ -30,7 +30,7 @@ def test_the_store_is_measured_at_each_size(monkeypatch: pytest.MonkeyPatch, tmp
 def test_a_head_that_loses_digits_would_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """A figure that is nought whatever the head does would prove nothing."""
     monkeypatch.setattr(learning_cost, "MILLION", 4_000)
-    assert learning_cost.error_after_million(8) == 0.0
+    assert learning_cost.error_after_million(8, 16) == 0.0
     exact = HeadSums.add
 
     def rounding(sums: HeadSums, q: np.ndarray, labels: list[str]) -> None:
@@ -38,7 +38,7 @@ def test_a_head_that_loses_digits_would_show(monkeypatch: pytest.MonkeyPatch) ->
         sums._gram = sums._gram.astype(np.float32).astype(np.float64)
 
     monkeypatch.setattr(HeadSums, "add", rounding)
-    assert learning_cost.error_after_million(8) > 0.0
+    assert learning_cost.error_after_million(8, 16) > 0.0
 
 
 def test_both_contestants_train_the_same_number_of_samples() -> None:

@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from learner.heads import (
     LEVELS,
     HeadSums,
+    Lift,
     LinearHead,
     Prior,
     Quantised,
+    calibrate,
     dequantise,
     fit_temperature,
     leave_one_out,
@@ -251,7 +253,7 @@ def test_the_head_is_the_textbook_discriminant() -> None:
     sums = HeadSums(8, 2.0)
     q = quantise(x, 2.0)
     sums.add(q, labels)
-    head = solve(sums, prior="uniform", shrinkage=1e-6, temperature=1.0)
+    head = solve(sums, prior="uniform", shrinkage=1e-6, temperature=1.0, pooled=False)
     assert head is not None
     exact = dequantise(q, 2.0).astype(np.float64)
     means = exact.reshape(3, 30, 8).mean(axis=1)
@@ -346,7 +348,8 @@ def test_the_prior_moves_the_border_towards_the_rare_class() -> None:
 
 @pytest.mark.parametrize("prior", ["uniform", "sqrt", "empirical"])
 @pytest.mark.parametrize("shrinkage", [1e-6, 1.0])
-def test_leave_one_out_is_leaving_one_out(prior: Prior, shrinkage: float) -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_leave_one_out_is_leaving_one_out(prior: Prior, shrinkage: float, pooled: bool) -> None:
     """The closed form must say what the long way says: forget the example, solve again, ask."""
     x, labels = clusters(12, spread=0.5, seed=3)
     labels[-1] = "a class of one"
@@ -356,14 +359,15 @@ def test_leave_one_out_is_leaving_one_out(prior: Prior, shrinkage: float) -> Non
     slow = []
     for i in range(len(labels)):
         sums.subtract(q[i : i + 1], labels[i : i + 1])
-        head = solve(sums, prior=prior, shrinkage=shrinkage)
+        head = solve(sums, prior=prior, shrinkage=shrinkage, pooled=pooled)
         assert head is not None
         slow.extend(head.predict(dequantise(q[i : i + 1], 2.0)))
         sums.add(q[i : i + 1], labels[i : i + 1])
-    fast = leave_one_out(sums, q, labels, prior=prior, shrinkage=shrinkage)
-    # The closed form holds the shrinkage target fixed, so a single example at a border may differ.
+    fast = leave_one_out(sums, q, labels, prior=prior, shrinkage=shrinkage, pooled=pooled)
+    # The closed form holds the shrinkage fixed, of the covariance as of the means, so a single example at a border
+    # may differ.
     differing = sum(a != b for a, b in zip(fast, slow, strict=True))
-    assert differing <= (0 if shrinkage < 1e-3 else 1)
+    assert differing <= (0 if shrinkage < 1e-3 and not pooled else 1)
     assert fast[-1] != "a class of one"
 
 
@@ -417,7 +421,7 @@ def test_a_head_survives_storage_bit_for_bit() -> None:
     assert first.novelty.tobytes() == second.novelty.tobytes()
 
 
-@pytest.mark.parametrize("broken", ["weight", "bias", "classes", "temperature", "nan"])
+@pytest.mark.parametrize("broken", ["weight", "bias", "classes", "temperature", "usual", "lift", "width", "nan"])
 def test_a_broken_head_is_refused(broken: str) -> None:
     """A head that is torn or not finite must never reach a worker's slot."""
     head = solve(sums_of([([1, 0, 0, 0, 0], "a"), ([0, 1, 0, 0, 0], "b")]))
@@ -430,6 +434,10 @@ def test_a_broken_head_is_refused(broken: str) -> None:
             tensors["bias"] = np.full_like(tensors["bias"], math.nan)
         case "temperature":
             tensors["temperature"] = np.array([0.0])
+        case "usual":
+            tensors["usual"] = np.array([math.nan])
+        case "width":
+            tensors["lift"] = np.array([5.0, 1.0, 7.0])
         case _:
             del tensors[broken]
     with pytest.raises(ValueError):
@@ -448,3 +456,120 @@ def test_equal_sums_solve_to_equal_heads() -> None:
     assert heads[0] is not None
     assert heads[1] is not None
     assert safetensors.numpy.save(heads[0].tensors()) == safetensors.numpy.save(heads[1].tensors())
+
+
+def test_features_have_the_same_bits_in_any_batch() -> None:
+    """The ledger keeps embeddings only: what is subtracted in a year must be what is added today, batch or no batch."""
+    chance = np.random.default_rng(0)
+    q = chance.integers(-LEVELS, LEVELS + 1, (300, 48)).astype(np.int16)
+    lift = Lift(48, 2.0, 96)
+    whole = lift.integers(q)
+    assert whole.shape == (300, 96)
+    assert (whole == np.rint(whole)).all()
+    assert (whole.min(), whole.max()) == (0.0, LEVELS)
+    for part in (1, 7, 64):
+        pieces = [lift.integers(q[i : i + part]) for i in range(0, len(q), part)]
+        assert np.concatenate(pieces).tobytes() == whole.tobytes()
+
+
+def test_the_projection_never_changes() -> None:
+    """A head announced by one release is asked by another, so the features are part of the format."""
+    assert Lift(3, 1.0, 2).integers(np.array([[1000, 0, 0], [0, 1000, 0], [0, 0, -1000]], np.int16)).tolist() == [
+        [445.0, 0.0],
+        [0.0, 453.0],
+        [0.0, 117.0],
+    ]
+
+
+def test_asking_and_learning_see_the_same_features() -> None:
+    """Workers compute features in float32 from the embedding as it comes; rounding may be all that differs."""
+    x = np.random.default_rng(0).normal(0, 0.3, (50, 48)).astype(np.float32)
+    lift = Lift(48, 2.0, 96)
+    step = 2.0 / LEVELS
+    assert np.abs(lift.integers(quantise(x, 2.0)) * step - lift.floats(x)).max() < 5 * step
+
+
+def rings(n: int, seed: int) -> tuple[npt.NDArray[np.float32], list[str]]:
+    """Two classes, one around the other: no line tells them apart."""
+    chance = np.random.default_rng(seed)
+    angle, inner = chance.uniform(0, 2 * math.pi, n), np.arange(n) % 2 == 0
+    radius = np.where(inner, 0.4, 1.2) + chance.normal(0, 0.1, n)
+    flat = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return flat.astype(np.float32), ["inner" if i else "outer" for i in inner]
+
+
+@pytest.mark.parametrize(("width", "least", "most"), [(0, 0.3, 0.7), (64, 0.95, 1.0)])
+def test_a_wide_head_separates_what_no_line_does(width: int, least: float, most: float) -> None:
+    """This is what random features are for, and what a head without them cannot do."""
+    x, labels = rings(400, 0)
+    sums = HeadSums(2, 2.0, width)
+    sums.add(quantise(x, 2.0), labels)
+    asked, expected = rings(400, 1)
+    head = finite(solve(sums), asked)
+    right = np.mean([found == label for found, label in zip(head.predict(asked), expected, strict=True)])
+    assert least <= right <= most
+
+
+def test_a_wide_head_unlearns_exactly_and_survives_storage() -> None:
+    """Random features must cost none of the promises that the sums make."""
+    x, labels = clusters(10)
+    q = quantise(x, 2.0)
+    taught = HeadSums(8, 2.0, 32)
+    taught.add(q[:15], labels[:15])
+    before = bits(taught)
+    for i in reversed(range(15, 30)):
+        taught.add(q[i : i + 1], labels[i : i + 1])
+    taught.subtract(q[15:], labels[15:])
+    assert bits(taught) == before
+    assert bits(HeadSums.from_tensors(safetensors.numpy.load(before))) == before
+    with pytest.raises(ValueError, match="cannot join"):
+        taught.merge(HeadSums(8, 2.0))
+    head = solve(taught)
+    assert head is not None
+    assert (head.dimension, head.weight.shape[1]) == (8, 32)
+    loaded = LinearHead.from_tensors(head.tensors())
+    assert loaded.scores(x).tobytes() == head.scores(x).tobytes()
+
+
+def test_means_of_few_examples_borrow_from_the_others() -> None:
+    """A new class with five labels is mostly noise in many dimensions; shrinking must find more of it."""
+    chance = np.random.default_rng(5)
+    directions = chance.normal(0, 1.0, (6, 96))
+    means = chance.normal(0, 0.8, (20, 6)) @ directions
+    names = [f"class {c:02}" for c in range(20)]
+    taught = np.repeat(np.arange(20), [5] * 4 + [80] * 16)
+    asked = np.repeat(np.arange(20), 50)
+    x = (means[taught] + chance.normal(0, 2.2, (len(taught), 96))).astype(np.float32)
+    fresh = (means[asked] + chance.normal(0, 2.2, (len(asked), 96))).astype(np.float32)
+    sums = HeadSums(96, 32.0)
+    sums.add(quantise(x, 32.0), [names[c] for c in taught])
+    recall = {}
+    for pooled in (False, True):
+        head = solve(sums, pooled=pooled)
+        assert head is not None
+        hits = np.array([found == names[c] for found, c in zip(head.predict(fresh), asked, strict=True)])
+        recall[pooled] = (hits[asked < 4].mean(), hits[asked >= 4].mean())
+    assert recall[True][0] > recall[False][0] + 0.1
+    assert recall[True][1] > recall[False][1] - 0.03
+
+
+@pytest.mark.parametrize("width", [0, 64])
+def test_calibrated_novelty_means_a_share_of_known_events(width: int) -> None:
+    """Above 0.5 must lie about one known event in twenty, and most of what belongs to no class."""
+    centres = np.random.default_rng(2).normal(0, 0.5, (5, 24))
+
+    def around(seed: int, n: int, which: list[int]) -> tuple[npt.NDArray[np.float32], list[str]]:
+        chance = np.random.default_rng(seed)
+        classes = np.array([which[i % len(which)] for i in range(n)])
+        return (centres[classes] + chance.normal(0, 0.3, (n, 24))).astype(np.float32), [str(c) for c in classes]
+
+    x, labels = around(0, 400, [0, 1, 2, 3])
+    q = quantise(x, 4.0)
+    sums = HeadSums(24, 4.0, width)
+    sums.add(q, labels)
+    head = solve(sums, calibration=calibrate(sums, q, labels))
+    assert head is not None
+    known = head.answer(around(1, 2000, [0, 1, 2, 3])[0], 1).novelty
+    unknown = head.answer(around(2, 500, [4])[0], 1).novelty
+    assert 0.02 < (known > 0.5).mean() < 0.10
+    assert (unknown > 0.5).mean() > 0.5
