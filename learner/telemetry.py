@@ -1,4 +1,4 @@
-"""The telemetry network: windows of numbers of unknown scale in, one embedding each out.
+"""The telemetry network: windows of numbers in, one embedding each out.
 
 The instant head can weigh many simple readings from the first label on, and a deep network is worth
 nothing before it is trained. So most of an embedding is readings that need no training and no statistic
@@ -89,10 +89,11 @@ def plan(
 class TelemetryModule(nn.Module):
     """Levels, shapes, spectrum, commands and a small trainable network over a window of numbers.
 
-    Nothing need be known of a channel's scale: levels are squashed by asinh, which is linear near zero
-    and logarithmic far from it, orders of magnitude are logarithms, and shapes are measured in the
-    window's own deviations. `centre` and `scale` are per-channel buffers, 0 and 1 until a fine-tune
-    knows better (`set_statistics`). Four parts are concatenated:
+    No channel's scale need be known for an embedding to be finite and of use: levels are squashed by asinh,
+    which is linear near zero and logarithmic far from it, orders of magnitude are logarithms, and shapes
+    are measured in the window's own deviations. It is not indifferent to the unit, though: levels weigh
+    most where values are of order 1. That ends with `centre` and `scale`, per-channel buffers that are 0
+    and 1 until a fine-tune knows better (`set_statistics`). Four parts are concatenated:
 
     - statistics of each measured channel: the last value; over several stretches that all end with it
       level, spread, extremes and slope; quantiles and orders of magnitude of the whole window; how many
