@@ -177,6 +177,11 @@ class TelemetryEncoderSettings(_Block):
     channels: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = Field(
         min_length=1, max_length=1024, description="the channels that every event carries, in the model's order"
     )
+    commands: tuple[str, ...] = Field(
+        default=(),
+        description="those of the channels that say what was done (command bits, counts, switches) and mostly rest at "
+        "0; at least one channel is none of them",
+    )
     window: int = Field(default=64, ge=1, le=10_000, description="the usual number of time steps of an event")
     dimension: int = Field(default=256, ge=16, le=4096, description="components of an embedding")
     learned: int = Field(default=32, ge=0, le=1024, description="components that a fine-tune trains; fewer than half")
@@ -189,6 +194,15 @@ class TelemetryEncoderSettings(_Block):
         if twice:
             raise PydanticCustomError("twice", "{names} named twice", {"names": ", ".join(twice)})
         return channels
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Self:
+        unknown = sorted(set(self.commands) - set(self.channels))
+        if unknown:
+            raise PydanticCustomError("commands", "{names}: no such channel", {"names": ", ".join(unknown)})
+        if set(self.commands) == set(self.channels):
+            raise PydanticCustomError("commands", "every channel is a command, so none is measured")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -308,6 +322,10 @@ class TelemetryStream(StreamSettings):
     kind: Literal["telemetry"]
     encoder: TelemetryEncoderSettings
     max_steps: int = Field(default=10_000, ge=1, le=1_000_000, description="a longer window is a dead letter")
+    missing_channels: Literal["refuse", "fill"] = Field(
+        default="refuse",
+        description="an event that lacks some of the channels is a dead letter, or is taken as if they had no values",
+    )
 
 
 AnyStream = Annotated[TextStream | TelemetryStream, Field(discriminator="kind")]
@@ -412,9 +430,15 @@ def rules(settings: Settings) -> list[StreamRules]:
         if isinstance(stream, TextStream):
             found.append(StreamRules(name, "text", closed_labels=closed, max_text_characters=stream.max_characters))
         else:
-            channels = stream.encoder.channels
             found.append(
-                StreamRules(name, "telemetry", channels=channels, closed_labels=closed, max_steps=stream.max_steps)
+                StreamRules(
+                    name,
+                    "telemetry",
+                    channels=stream.encoder.channels,
+                    closed_labels=closed,
+                    max_steps=stream.max_steps,
+                    fill_channels=stream.missing_channels == "fill",
+                )
             )
     return found
 

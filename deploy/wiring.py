@@ -305,6 +305,7 @@ def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
             encoder.channels,
             encoder.seed,
             device,
+            commands=encoder.commands,
             window=encoder.window,
             dimension=encoder.dimension,
             learned=encoder.learned,

@@ -25,6 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from learner.telemetry import TelemetryConfig, TelemetryModule, plan, seeded
 from stream.errors import Misconfigured
 from stream.events import Event, Report
 
@@ -72,33 +73,6 @@ class TextConfig(BaseModel):
     pooling: Literal["mean"] = "mean"
 
 
-class TelemetryConfig(BaseModel):
-    """The shape of a telemetry encoder.
-
-    Args:
-        channels: names of the C channels, in the order of a window's rows.
-        window: the usual number of time steps; other lengths are taken too.
-        statistics: components for levels and trends; where there are more of them, a random projection.
-        kernels: number of fixed random convolution kernels, each giving two components.
-        learned: components of the small trainable network.
-        seed: of the random kernels and the initial weights.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    channels: tuple[str, ...] = Field(min_length=1, max_length=1024)
-    window: int = Field(ge=1, le=10_000)
-    statistics: int = Field(ge=1, le=8192)
-    kernels: int = Field(ge=0, le=4096)
-    learned: int = Field(ge=0, le=1024)
-    seed: int
-
-    @property
-    def dimension(self) -> int:
-        """d: statistics, two components a kernel, and the learned ones."""
-        return self.statistics + 2 * self.kernels + self.learned
-
-
 class Encoder(Protocol):
     """A batch of payloads in, embeddings within the spec's bound out."""
 
@@ -138,14 +112,15 @@ class Encoder(Protocol):
 def payload(event: Event, channels: Sequence[str] = ()) -> Payload:
     """What an encoder reads of an event: its text, or its window in the order of `channels`.
 
-    Raises:
-        ValueError: the event lacks a channel; the wire's rules refuse such events before.
+    A channel that the event lacks is missing throughout; whether it may, the wire's rules decide before.
     """
     if isinstance(event, Report):
         return event.text
     values = np.array(event.values, dtype=np.float64)
     if tuple(event.channels) != tuple(channels):
-        values = values[[event.channels.index(channel) for channel in channels]]
+        rows = {name: row for row, name in enumerate(event.channels)}
+        absent = np.full(values.shape[1], math.nan)
+        values = np.stack([values[rows[name]] if name in rows else absent for name in channels])
     return np.clip(values, -_FLOAT32_MAX, _FLOAT32_MAX).astype(np.float32)
 
 
@@ -175,6 +150,7 @@ def build_telemetry_encoder(
     seed: int,
     device: str | torch.device = "cpu",
     *,
+    commands: Sequence[str] = (),
     window: int = 64,
     dimension: int = 256,
     learned: int = 32,
@@ -183,23 +159,19 @@ def build_telemetry_encoder(
 
     Args:
         channels: names in the order of a window's rows.
+        commands: the channels among them that say what was done and mostly rest at 0.
         window: the usual number of time steps, which sets the scales that are looked at.
-        dimension: d; half at most goes to statistics, the rest to kernels and the trainable network.
-        learned: components of the trainable network; one more where the rest is odd.
+        dimension: d; half at most goes to statistics, the rest to commands, kernels and the trainable network.
+        learned: components of the trainable network.
+
+    Raises:
+        Misconfigured: these do not fit together.
     """
-    if dimension < 2 * learned + 2:
-        raise Misconfigured(f"{dimension} dimensions leave too little beside {learned} learned ones")
-    statistics = min(len(channels) * _statistics_each(window), dimension // 2)
-    kernels = (dimension - statistics - learned) // 2
-    config = TelemetryConfig(
-        channels=tuple(channels),
-        window=window,
-        statistics=statistics,
-        kernels=kernels,
-        learned=dimension - statistics - 2 * kernels,
-        seed=seed,
-    )
-    return TelemetryEncoder(_seeded(config), config, device)
+    try:
+        config = plan(tuple(channels), tuple(commands), window=window, dimension=dimension, learned=learned, seed=seed)
+    except ValueError as error:
+        raise Misconfigured(str(error)) from error
+    return TelemetryEncoder(seeded(config), config, device)
 
 
 def load_encoder(spec: EncoderSpec, files: Mapping[str, Path], device: str | torch.device = "cpu") -> Encoder:
@@ -309,133 +281,6 @@ class TextEncoder:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts)] if texts else []
 
 
-class TelemetryModule(nn.Module):
-    """Levels, shapes and a small trainable network over a window of numbers of unknown scale.
-
-    Nothing need be known of a channel's scale: levels are squashed by asinh, which is linear near zero
-    and logarithmic far from it, orders of magnitude are logarithms, and trends are measured in the
-    window's own deviations. `centre` and `scale` are per-channel buffers, 0 and 1 until a fine-tune
-    knows better (`set_statistics`). Three parts are concatenated:
-
-    - the last value, and over several stretches that all end with it level, spread, extremes, slope
-      and order of magnitude;
-    - fixed random kernels on each window brought to mean 0 and deviation 1, pooled by their maximum
-      and by the share of positive values (Dempster, Petitjean and Webb 2020, "ROCKET"; 2021, "MiniRocket");
-    - a causal convolutional network, which fine-tuning trains.
-
-    Every convolution looks back only, and steps before a window's first value are kept out of every
-    pool, so NaN padding in front of a window changes nothing.
-    """
-
-    bound = 16.0
-    _taps = 9
-    centre: Tensor
-    scale: Tensor
-    projection: Tensor | None
-    kernels: Tensor
-    offsets: Tensor
-
-    def __init__(self, config: TelemetryConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.dimension = config.dimension
-        channels, window = len(config.channels), config.window
-        self._scales = _scales(window)
-        raw = channels * _statistics_each(window)
-        self.register_buffer("centre", torch.zeros(channels))
-        self.register_buffer("scale", torch.ones(channels))
-        self.register_buffer("projection", torch.zeros(config.statistics, raw) if config.statistics < raw else None)
-        self._dilations = _dilations(window, self._taps)
-        self.register_buffer("kernels", torch.zeros(config.kernels, channels, self._taps))
-        self.register_buffer("offsets", torch.zeros(config.kernels))
-        hidden = max(config.learned, 1)
-        self.conv1 = nn.Conv1d(3 * channels, hidden, 5)
-        self.conv2 = nn.Conv1d(hidden, hidden, 5, dilation=max(1, min(4, window // 8)))
-        self.out = nn.Linear(3 * hidden, config.learned)
-
-    def set_statistics(self, centre: Tensor, scale: Tensor) -> None:
-        """Set each channel's centre and scale (C,), as robust statistics of seen windows give them."""
-        if centre.shape != self.centre.shape or scale.shape != self.scale.shape or not bool((scale > 0).all()):
-            raise ValueError("centre and scale have one finite value a channel, and scales are positive")
-        self.centre.copy_(centre)
-        self.scale.copy_(scale)
-
-    def forward(self, windows: Tensor) -> Tensor:
-        """Windows (B, C, T), NaN = missing -> (B, d) within the bound."""
-        x = (windows - self.centre[:, None]) / self.scale[:, None]
-        seen = ~torch.isnan(x)
-        x, valid = _fill(torch.nan_to_num(x), seen)
-        level = torch.asinh(x)
-        mask = valid[:, None]
-        count = valid.sum(dim=1).clamp(min=1.0)[:, None]
-        mean = (level * mask).sum(dim=2, keepdim=True) / count[..., None]
-        centred = (level - mean) * mask
-        spread = (centred.square().sum(dim=2, keepdim=True) / count[..., None]).sqrt()
-        # What is smaller than float32 can tell beside the level is rounding, not shape.
-        shape = centred / (spread + 1e-5 * mean.abs() + 1e-20)
-        missing = (~seen).to(level.dtype) * mask
-        parts = [self._statistics(x, level, shape, valid, missing)]
-        if self.config.kernels:
-            parts.append(self._shapes(shape, valid))
-        if self.config.learned:
-            parts.append(self._learned(level, shape, missing, valid))
-        bound = self.bound
-        return bound * torch.tanh(torch.cat(parts, dim=1) / bound)
-
-    def _statistics(self, x: Tensor, level: Tensor, shape: Tensor, valid: Tensor, missing: Tensor) -> Tensor:
-        """Levels at every scale, (B, statistics)."""
-        last = shape[:, :, -1]
-        previous = shape[:, :, -2] if shape.shape[2] > 1 else last
-        absent = missing.sum(dim=2) / valid.sum(dim=1).clamp(min=1.0)[:, None]
-        parts = [level[:, :, -1], last, last - previous, absent]
-        for scale in self._scales:
-            mask = valid[:, None, -scale:]
-            hidden = mask == 0
-            count = mask.sum(dim=2).clamp(min=1.0)
-            tail, bend = level[:, :, -scale:], shape[:, :, -scale:]
-            mean = (tail * mask).sum(dim=2) / count
-            centred = (tail - mean[..., None]) * mask
-            parts += [mean, (centred.square().sum(dim=2) / count).sqrt()]
-            parts += [tail.masked_fill(hidden, math.inf).amin(dim=2), tail.masked_fill(hidden, -math.inf).amax(dim=2)]
-            time = torch.arange(1 - tail.shape[2], 1, device=level.device, dtype=level.dtype) / scale
-            clock = (time - ((time * mask).sum(dim=2) / count)[..., None]) * mask
-            parts.append(0.5 * (clock * bend).sum(dim=2) / clock.square().sum(dim=2).clamp(min=1e-3))
-            # The order of magnitude, for channels that never come near 1, where asinh would see only zero.
-            size = (x[:, :, -scale:].abs() * mask).sum(dim=2) / count
-            parts.append(0.25 * torch.log(size + 1e-12))
-        features = torch.nan_to_num(torch.cat(parts, dim=1), posinf=0.0, neginf=0.0)
-        return features if self.projection is None else features @ self.projection.T
-
-    def _shapes(self, shape: Tensor, valid: Tensor) -> Tensor:
-        """Share of positive values and maximum of every kernel, (B, 2 * kernels).
-
-        Their factors bring both near the spread of the statistics: the head's shrinkage spares the
-        directions that vary most, and raw maxima would drown the levels while examples are few.
-        """
-        shares, peaks = [], []
-        count = valid.sum(dim=1).clamp(min=1.0)[:, None]
-        hidden = valid[:, None] == 0
-        for group, dilation in enumerate(self._dilations):
-            kernels = self.kernels[group :: len(self._dilations)]
-            if not len(kernels):
-                continue
-            response = _causal(shape, kernels, self.offsets[group :: len(self._dilations)], dilation)
-            shares.append(2.0 * ((response > 0) & ~hidden).to(shape.dtype).sum(dim=2) / count)
-            peaks.append(0.25 * response.masked_fill(hidden, -math.inf).amax(dim=2))
-        return torch.nan_to_num(torch.cat([*shares, *peaks], dim=1), neginf=0.0)
-
-    def _learned(self, level: Tensor, shape: Tensor, missing: Tensor, valid: Tensor) -> Tensor:
-        """The trainable part, (B, learned)."""
-        mask = valid[:, None]
-        x = torch.cat([level / 4.0 * mask, shape, missing], dim=1)
-        for conv in (self.conv1, self.conv2):
-            x = nn.functional.gelu(_causal(x, conv.weight, conv.bias, conv.dilation[0])) * mask
-        mean = x.sum(dim=2) / valid.sum(dim=1).clamp(min=1.0)[:, None]
-        peak = torch.nan_to_num(x.masked_fill(mask == 0, -math.inf).amax(dim=2), neginf=0.0)
-        learned: Tensor = self.out(torch.cat([x[:, :, -1], mean, peak], dim=1))
-        return learned
-
-
 class TelemetryEncoder:
     """A telemetry encoder; see `Encoder`."""
 
@@ -521,59 +366,6 @@ def _text_parts(tokenizer_file: Path, config_file: Path, max_tokens: int) -> tup
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     return _text_backbone(config_file, max_tokens, "cpu"), tokenizer
-
-
-def _seeded(config: TelemetryConfig) -> TelemetryModule:
-    """A telemetry network whose every random number comes from its seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        module = TelemetryModule(config)
-        channels = len(config.channels)
-        if module.projection is not None:
-            module.projection.copy_(torch.randn_like(module.projection) / math.sqrt(module.projection.shape[1]))
-        for kernel in range(config.kernels):
-            # As in ROCKET: weights of mean 0, on a random subset of channels whose size is log-uniform.
-            used = int(2 ** (torch.rand(()).item() * math.log2(channels + 1)))
-            chosen = torch.randperm(channels)[: max(1, min(used, channels))]
-            taps = torch.randn(len(chosen), TelemetryModule._taps)
-            taps = (taps - taps.mean(dim=1, keepdim=True)) / math.sqrt(taps.numel())
-            module.kernels[kernel, chosen] = taps
-            module.offsets[kernel] = torch.rand(()).item() * 2.0 - 1.0
-    return module
-
-
-def _scales(window: int) -> list[int]:
-    """Lengths, in steps, of the tails that statistics look at; the last is the whole window."""
-    return sorted({max(2, math.ceil(window / parts)) for parts in (27, 9, 3, 1)})
-
-
-def _statistics_each(window: int) -> int:
-    return 4 + 6 * len(_scales(window))
-
-
-def _dilations(window: int, taps: int) -> list[int]:
-    """Powers of two while a kernel still fits into the window."""
-    most = max(1, (window - 1) // (taps - 1))
-    return [2**power for power in range(int(math.log2(most)) + 1)]
-
-
-def _fill(x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Missing values filled from the last seen one, else from the first; and the mask (B, T) of steps to count.
-
-    A step counts from the first on at which any channel was seen.
-    """
-    steps = torch.arange(x.shape[2], device=x.device)
-    last = torch.where(seen, steps, -1).cummax(dim=2).values
-    first = torch.where(seen, steps, x.shape[2] - 1).amin(dim=2, keepdim=True)
-    source = torch.where(last >= 0, last, first)
-    filled = x.gather(2, source)
-    valid = seen.any(dim=1).cummax(dim=1).values.to(x.dtype)
-    return filled, valid
-
-
-def _causal(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
-    padded = nn.functional.pad(x, ((weight.shape[2] - 1) * dilation, 0))
-    return nn.functional.conv1d(padded, weight, bias, dilation=dilation)
 
 
 def _pad_tokens(tokens: Sequence[Sequence[int]]) -> Tensor:

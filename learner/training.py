@@ -39,7 +39,7 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from learner.encoders import Encoder, Payload, TelemetryModule, load_encoder
+from learner.encoders import Encoder, Payload, load_encoder
 from learner.finetune import (
     RESULT_FILE,
     FineTuneFailed,
@@ -52,6 +52,7 @@ from learner.finetune import (
 )
 from learner.heads import quantise
 from learner.strategies import FineTuning, Named, merge_lora, strategy_of
+from learner.telemetry import TelemetryModule
 from replay.snapshot import BrokenSnapshot, read_snapshot
 from stream.errors import TrimtabError
 

@@ -131,6 +131,7 @@ class StreamRules:
         closed_labels: the only labels allowed, or None where the label set grows.
         max_text_characters: the longest text taken.
         max_steps: the most time steps a window may have.
+        fill_channels: take a window that lacks some of `channels`, but not one that lacks them all.
     """
 
     name: str
@@ -139,6 +140,7 @@ class StreamRules:
     closed_labels: frozenset[str] | None = None
     max_text_characters: int = 20_000
     max_steps: int = 10_000
+    fill_channels: bool = False
 
 
 def utc_now() -> datetime:
@@ -306,7 +308,7 @@ def _check_window(event: Telemetry, rules: StreamRules) -> None:
     if rules.kind != "telemetry":
         raise refuse(Reason.INVALID_FIELD, "values", f"stream {rules.name!r} takes text, not telemetry")
     missing = [channel for channel in rules.channels if channel not in event.channels]
-    if missing:
+    if missing and (not rules.fill_channels or len(missing) == len(rules.channels)):
         raise refuse(Reason.MISSING_CHANNEL, "channels", f"missing {', '.join(missing)}")
     if len(set(event.channels)) != len(event.channels):
         raise refuse(Reason.INVALID_FIELD, "channels", "a channel is named twice")

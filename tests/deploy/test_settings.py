@@ -24,6 +24,7 @@ from deploy.settings import (
 )
 from stream.events import StreamRules
 
+TIDE = "streams: {{tide: {{kind: telemetry, encoder: {{channels: [a, b], commands: {}}}}}}}"
 SMALL = """
 streams:
   intents:
@@ -133,6 +134,15 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
     ]
 
 
+def test_a_stream_may_take_events_that_lack_channels(tmp_path: Path) -> None:
+    """The setting must reach the wire's rules, and be off where nobody asked for it."""
+    file = tmp_path / "trimtab.yaml"
+    for line, expected in (("", False), ("missing_channels: fill", True)):
+        file.write_text(f"streams:\n  tide:\n    kind: telemetry\n    encoder: {{channels: [a]}}\n    {line}\n")
+        (rule,) = rules(load_settings(file, {}))
+        assert rule.fill_channels is expected
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
@@ -149,6 +159,8 @@ def test_all_problems_are_told_at_once_each_with_its_path(tmp_path: Path) -> Non
         (SMALL + "worker: {http: {host: 0.0.0.0}}", "worker.http: host 0.0.0.0 is beyond loopback and needs a token"),
         (SMALL + "learner: {http: {host: 0.0.0.0}}", "learner.http: host 0.0.0.0 is beyond loopback"),
         (SMALL + "    finetune: {strategy: si, training: lora}", "streams.intents.finetune: strategy 'si' cannot"),
+        (TIDE.format("[b, z]"), "streams.tide.encoder: z: no such channel"),
+        (TIDE.format("[b, a]"), "streams.tide.encoder: every channel is a command, so none is measured"),
         (SMALL + "workers: {}", "workers: unknown key; did you mean worker?"),
     ],
 )

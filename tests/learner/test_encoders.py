@@ -27,12 +27,12 @@ from learner.encoders import (
     WEIGHTS,
     Encoder,
     EncoderSpec,
-    TelemetryModule,
     build_telemetry_encoder,
     build_text_encoder,
     load_encoder,
     payload,
 )
+from learner.telemetry import TelemetryModule
 from stream.errors import Misconfigured
 from stream.events import Report, Telemetry
 
@@ -96,6 +96,13 @@ def written(files: Mapping[str, bytes], folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in files}
 
 
+@pytest.fixture(scope="module")
+def commanded() -> Encoder:
+    """An encoder of one measured channel and forty commands, far more readings than components for them."""
+    commands = [f"command_{number}" for number in range(40)]
+    return build_telemetry_encoder(["bus_voltage", *commands], 7, commands=commands, window=32, dimension=96, learned=8)
+
+
 def windows(count: int, steps: int = 32, seed: int = 0) -> list[npt.NDArray[np.float32]]:
     """Ordinary windows with a few gaps, in very different units."""
     chance = np.random.default_rng(seed)
@@ -133,6 +140,44 @@ def test_padding_before_a_window_changes_nothing(telemetry: Encoder) -> None:
         together = telemetry.module(telemetry.collate([short, long])).numpy()
     assert np.isnan(telemetry.collate([short, long])[0, :, : 32 - 9]).all()
     assert np.allclose(alone[0], together[0], atol=1e-5)
+
+
+def test_padding_changes_nothing_where_there_are_commands_and_a_dead_channel(commanded: Encoder) -> None:
+    """The same promise, with the parts of the embedding that other streams do not have."""
+    chance = np.random.default_rng(5)
+    short = (chance.random((41, 11)) < 0.1).astype(np.float32)
+    short[0] = chance.normal(3, 1, 11)
+    short[7] = math.nan
+    with torch.inference_mode():
+        together = commanded.module(commanded.collate([short, np.zeros((41, 50), np.float32)])).numpy()
+    assert np.allclose(commanded.embed([short])[0], together[0], atol=1e-5)
+
+
+def test_a_command_is_seen_among_many(commanded: Encoder) -> None:
+    """One bit that is set once in a window may be all that tells two of them apart; when it was set matters too."""
+    rest = np.zeros((41, 32), np.float32)
+    rest[0] = np.sin(np.arange(32))
+    early, late = rest.copy(), rest.copy()
+    early[20, 2] = late[20, 30] = 1.0
+    a, b, c = commanded.embed([rest, early, late])
+    assert np.abs(a - b).max() > 0.05
+    assert np.abs(b - c).max() > 0.02
+
+
+@pytest.mark.parametrize("commands", [CHANNELS, ("no_such",)])
+def test_commands_are_some_of_the_channels(commands: tuple[str, ...]) -> None:
+    """A typing error must be told at the start; where all are commands, nothing is measured."""
+    with pytest.raises(Misconfigured, match="commands"):
+        build_telemetry_encoder(CHANNELS, 0, commands=commands, window=32, dimension=96, learned=8)
+
+
+@pytest.mark.parametrize("unit", [1e-4, 1.0, 1e4])
+def test_shapes_are_told_apart_in_any_unit(telemetry: Encoder, unit: float) -> None:
+    """Fast and slow swings of one level and spread differ by spectrum alone, and no scale is known in advance."""
+    time = np.arange(32)
+    slow, fast = (np.tile(np.sin(2 * np.pi * time / period), (3, 1)).astype(np.float32) for period in (16, 4))
+    a, b = telemetry.embed([slow * np.float32(unit), fast * np.float32(unit)])
+    assert np.linalg.norm(a - b) > 1.0
 
 
 def test_embeddings_come_in_the_order_of_the_payloads(telemetry: Encoder, text: Encoder) -> None:
@@ -225,11 +270,13 @@ def test_the_dimension_is_the_one_that_was_asked_for(channels: int, window: int,
     assert np.isfinite(out).all()
 
 
-def test_a_telemetry_encoder_is_rebuilt_bit_for_bit(telemetry: Encoder, tmp_path: Path) -> None:
+def test_a_telemetry_encoder_is_rebuilt_bit_for_bit(telemetry: Encoder, commanded: Encoder, tmp_path: Path) -> None:
     """The worker must embed as the learner did."""
-    loaded = load_encoder(telemetry.spec, written(telemetry.files(), tmp_path))
-    assert loaded.spec == telemetry.spec
-    assert loaded.embed(windows(20)).tobytes() == telemetry.embed(windows(20)).tobytes()
+    many = [np.random.default_rng(number).normal(size=(41, 20)).astype(np.float32) for number in range(5)]
+    for encoder, payloads in ((telemetry, windows(20)), (commanded, many)):
+        loaded = load_encoder(encoder.spec, written(encoder.files(), tmp_path))
+        assert loaded.spec == encoder.spec
+        assert loaded.embed(payloads).tobytes() == encoder.embed(payloads).tobytes()
 
 
 def test_a_text_encoder_is_rebuilt_bit_for_bit(text: Encoder, tmp_path: Path) -> None:
@@ -391,6 +438,10 @@ def test_a_payload_follows_the_streams_channel_order() -> None:
     assert window[1, 0] == 1.0
     assert np.isnan(window[1, 1])
     assert payload(Report(event_id="e", stream="s", observed_at=at, text="aurora")) == "aurora"
+    with_absent = payload(event, ("a", "unheard", "b"))
+    assert isinstance(with_absent, np.ndarray)
+    assert np.isnan(with_absent[1]).all()
+    assert np.array_equal(with_absent[[0, 2]], window, equal_nan=True)
 
 
 def test_a_window_of_nothing_but_missing_values_is_a_payload(telemetry: Encoder) -> None:

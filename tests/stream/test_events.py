@@ -121,6 +121,17 @@ def test_a_prediction_written_without_its_model_has_the_models_bytes(
     assert written == encode(built)
 
 
+def test_a_stream_may_take_windows_that_lack_channels_but_not_all() -> None:
+    """A sensor that fell silent must not silence the others; a window of another device is still refused."""
+    decoder = Decoder([StreamRules("probe", "telemetry", channels=("a", "b", "c"), fill_channels=True)])
+    event = decoder.event(record(window()))
+    assert isinstance(event, Telemetry)
+    assert event.channels == ["a", "b"]
+    with pytest.raises(DeadLetter) as refused:
+        decoder.event(record(window(channels=["x", "y"])))
+    assert refused.value.reason == Reason.MISSING_CHANNEL
+
+
 @given(st.binary(max_size=300))
 def test_any_bytes_decode_or_are_refused(value: bytes) -> None:
     """No input may raise anything but `DeadLetter`, or one bad message would stop a stream."""
