@@ -26,7 +26,7 @@ NAN = math.nan
 def blobs(count: int, classes: int = 4, seed: int = 0) -> Examples:
     """Points around as many corners as there are classes: easy, but not for who forgets."""
     chance = np.random.default_rng(seed)
-    labels = [number % classes for number in range(count)]
+    labels = chance.permutation([number % classes for number in range(count)])
     corners = np.random.default_rng(7).normal(0.0, 4.0, (classes, 3))
     points = corners[labels] + chance.normal(0.0, 0.4, (count, 3))
     payloads = [point.astype(np.float32)[:, None] for point in points]
@@ -124,9 +124,9 @@ def test_what_is_missing_is_counted_and_what_is_wrong_is_named(tmp_path: Path) -
     file.write_text("a,b,y\n1,2,up,\n")
     with pytest.raises(Unusable, match=r"row 1 \(line 2\): 4 values for 3 columns"):
         read(file, Columns(label="y", features=("a",)))
+    file.write_text("a,b,y\n1,soon,up\n")
     with pytest.raises(Unusable, match="no column 'z'; it has 'a', 'b', 'y'"):
         read(file, Columns(label="z", features=("a",)))
-    file.write_text("a,b,y\n1,soon,up\n")
     with pytest.raises(Unusable, match=r"column 'b': a time is expected"):
         read(file, Columns(label="y", features=("a",), time="b"))
 
@@ -180,14 +180,14 @@ def test_few_shot_shows_few() -> None:
 
 
 def task(**changes: Any) -> Task:
-    return Task("probe", "prequential", blobs(160), None, experiences=4, delay=3, seeds=(0,), **changes)
+    return Task("probe", "prequential", blobs(100), None, experiences=4, delay=3, seeds=(0,), **changes)
 
 
 def test_the_learner_itself_learns_a_stream() -> None:
     """Joined, stored, solved, announced and served without Kafka; far above the dummies."""
     cell = measure(task(), Entry(INSTANT), 0, None, "cpu")
     dummy = measure(task(), Entry("no_change"), 0, None, "cpu")
-    assert cell["values"]["average"] > 90 > dummy["values"]["average"]
+    assert cell["values"]["average"] > 85 > dummy["values"]["average"]
     assert cell["details"]["fine_tunes"] == 0
     again = measure(task(), Entry(INSTANT), 0, None, "cpu")
     unlike = {"seconds", "peak_memory"}
@@ -248,7 +248,7 @@ def test_a_night_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     assert [cell["seed"] for cell in run(Entry("majority"))] == [0, 1]
     assert [cell["seed"] for cell in run(Entry("majority"), minutes=0.0)] == [0, 1]
     assert len(calls) == 2
-    run(Entry("majority"), replace(probe, train=blobs(161)))
+    run(Entry("majority"), replace(probe, train=blobs(101)))
     run(Entry(INSTANT))
     assert len(calls) == 6
     run(Entry(TRIMTAB, "store 2,000", {"replay": {"size": 2_000}}))
