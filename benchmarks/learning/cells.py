@@ -37,6 +37,7 @@ from benchmarks.learning.reading import Examples
 from learner.finetune import Strategy
 
 ROOT = Path(__file__).resolve().parents[2]
+BOOSTED = "boosted trees"
 CACHE = ROOT / ".cache" / "learning"
 
 TRIMTAB, INSTANT = "trimtab", "instant_head"
@@ -165,7 +166,9 @@ def variants(task: Task, entry: Entry) -> list[str | None]:
     from benchmarks.learning import rivals
 
     if entry.name in ("joint", "train_once"):
-        return list(rivals.classifiers(task.train, lambda payloads: None, 0))
+        found = list(rivals.classifiers(task.train, lambda payloads: None, 0))
+        # It grows a tree for each class at every step: minutes a fit, and no better with few examples of many classes.
+        return [name for name in found if name != BOOSTED or len(task.train.classes) <= rivals.FEW_CLASSES]
     if entry.name == "river":
         return list(rivals.river_models(task.train, lambda payloads: None, 0))
     return [None]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.learning.cells import INSTANT, RIVALS, Cell, Entry
 from benchmarks.learning.outcome import COST, SHOWN, mode_of, summary, text
+from benchmarks.learning.scores import UNITS
 
 if TYPE_CHECKING:
     from benchmarks.learning.suite import Table
@@ -46,7 +47,9 @@ def render(template: str, results: Mapping[str, Sequence[Cell]], tables: Mapping
             if entry.name == row and (not mode or entry.mode == mode):
                 values = summary(cells)
                 if metric in values:
-                    return text(metric, *values[metric]).partition(" ±")[0]
+                    unit = UNITS.get(metric, "")
+                    number = text(metric, *values[metric]).partition(" ±")[0]
+                    return f"{number} {unit}" if unit in ("%", "points") else number
         return NOT_YET
 
     page = re.sub(
