@@ -2,6 +2,7 @@
 
   python -m benchmarks.learning --protocol class-incremental --train FILE --text-column text --label-column label
   python -m benchmarks.learning --protocol prequential --train FILE --feature-columns a,b --label-column y --order given
+  python -m benchmarks.learning suite            the tables of docs/learning.md
 
 Nothing is tuned to the data: trimtab runs with the defaults of its YAML. Measured cells are kept in .cache/learning,
 so a run that was cut off goes on where it ended.
@@ -32,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if arguments[:1] == ["suite"]:
+        from benchmarks.learning import suite
+
+        return suite.main(arguments[1:])
     options = _parser().parse_args(arguments)
     console = Console(stderr=True, highlight=False)
     try:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from benchmarks import report
-from benchmarks.learning.live import EmbeddingCache, Live, merged
+from benchmarks.learning.live import LABELS_A_STEP, EmbeddingCache, Live, merged
 from benchmarks.learning.protocols import (
+    BLOCKS,
     Contestant,
     Outcome,
     class_incremental,
@@ -36,6 +37,7 @@ from benchmarks.learning.reading import Examples
 from learner.finetune import Strategy
 
 ROOT = Path(__file__).resolve().parents[2]
+BOOSTED = "boosted trees"
 CACHE = ROOT / ".cache" / "learning"
 
 TRIMTAB, INSTANT = "trimtab", "instant_head"
@@ -164,7 +166,9 @@ def variants(task: Task, entry: Entry) -> list[str | None]:
     from benchmarks.learning import rivals
 
     if entry.name in ("joint", "train_once"):
-        return list(rivals.classifiers(task.train, lambda payloads: None, 0))
+        found = list(rivals.classifiers(task.train, lambda payloads: None, 0))
+        # It grows a tree for each class at every step: minutes a fit, and no better with few examples of many classes.
+        return [name for name in found if name != BOOSTED or len(task.train.classes) <= rivals.FEW_CLASSES]
     if entry.name == "river":
         return list(rivals.river_models(task.train, lambda payloads: None, 0))
     return [None]
@@ -267,7 +271,9 @@ def measure_apart(
     Raises:
         RuntimeError: it came to nothing; the message is the reason.
     """
-    context = multiprocessing.get_context("spawn")
+    # A server that has imported what every cell needs, and done nothing, gives each cell a fresh process at once.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.learning.cells", "benchmarks.learning.rivals"])
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_measure_and_send, args=(there, task, entry, seed, cache, device))
     child.start()
@@ -351,9 +357,8 @@ class Runner:
         """The cells of one row, one a seed; where it comes in variants, of the one that is best with the first seed."""
         ways = variants(task, entry) if entry.variant is None else [entry.variant]
         first = [cell for way in ways if (cell := self._cell(task, _as(entry, way), task.seeds[0])) is not None]
-        if not first or len(first) < len(ways):
-            yield from first if len(ways) == 1 else ()
-            return
+        if not first or (self.over and len(first) < len(ways)):
+            return  # the best is not known
         best = max(first, key=lambda cell: _merit(cell, task))
         others = {str(cell["variant"]): _merit(cell, task) for cell in first if cell is not best}
         yield {**best, "tried": others} if others else best
@@ -379,6 +384,7 @@ class Runner:
             self.failures.append(f"{what}: {error}")
             self.say(f"{what}: failed: {error}")
             return None
+        cell |= {"key": name, "code": code_digest(entry)[:12]}
         self.kept.put(cell)
         merit = _merit(cell, task)
         self.say(f"{what}: {merit:.3g} in {cell['values']['seconds']:.1f} s {_in_short(cell['details'])}")
@@ -390,15 +396,16 @@ def code_digest(entry: Entry) -> str:
     digest = sha256()
     for pattern in CODE["trimtab" if entry.is_trimtab else "rival"]:
         for file in sorted(ROOT.glob(pattern)):
-            digest.update(_syntax(file, file.stat().st_mtime_ns))
+            digest.update(_syntax(file))
     return digest.hexdigest()
 
 
-_SYNTAX: dict[tuple[Path, int], bytes] = {}
+_SYNTAX: dict[Path, bytes] = {}
+"""Read once: what is edited during a run is not what runs."""
 
 
-def _syntax(file: Path, changed: int) -> bytes:
-    if (file, changed) not in _SYNTAX:
+def _syntax(file: Path) -> bytes:
+    if file not in _SYNTAX:
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -407,8 +414,8 @@ def _syntax(file: Path, changed: int) -> bytes:
                     for line in node.body
                     if not (isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant))
                 ]
-        _SYNTAX[file, changed] = sha256(ast.dump(tree).encode()).digest()
-    return _SYNTAX[file, changed]
+        _SYNTAX[file] = sha256(ast.dump(tree).encode()).digest()
+    return _SYNTAX[file]
 
 
 _DATA: dict[int, tuple[Examples, str]] = {}
@@ -462,6 +469,7 @@ def _contestant(
             overrides=overrides,
             seed=seed,
             finetune=entry.finetunes,
+            revise_after=max(1, len(train) // BLOCKS) if task.protocol == "prequential" else LABELS_A_STEP,
             cache=cache,
             device=device,
         )
@@ -527,8 +535,8 @@ def _measure_and_send(pipe: Any, *args: Any) -> None:
     try:
         pipe.send(measure(*args))
     except Exception as error:
-        traceback.print_exc()
-        pipe.send(f"{type(error).__name__}: {error}")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        pipe.send(f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})")
     pipe.close()
 
 

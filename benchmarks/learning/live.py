@@ -41,7 +41,10 @@ from stream.events import Label, Place, Prediction, Record, Report, Telemetry, e
 STREAM = "benchmark"
 START = datetime(2024, 1, 1, tzinfo=UTC)
 LABELS_A_STEP = 100
-"""Most labels joined at once, and so between two revisions and two looks at the triggers."""
+"""Labels joined at once where nobody asks meanwhile, and so between two revisions and two looks at the triggers."""
+
+ROOM = 4 * 2**30
+"""Free bytes with which a folder in memory is used: a fine-tune of MiniLM leaves 100 MB a version."""
 
 
 class EmbeddingCache:
@@ -169,6 +172,7 @@ class Live:
         overrides: the stream's settings where they are not the defaults, nested as in the YAML.
         seed: of the replay store, the exam's draw, the fine-tunes and, for telemetry, the encoder.
         finetune: False never fine-tunes: the instant head alone.
+        revise_after: labels between two revisions, as half a second is for a learner on Kafka.
         cache: of embeddings.
         device: where embeddings and fine-tunes compute.
     """
@@ -182,12 +186,15 @@ class Live:
         overrides: Mapping[str, Any] | None = None,
         seed: int = 0,
         finetune: bool = True,
+        revise_after: int = LABELS_A_STEP,
         cache: EmbeddingCache | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
         self.kind, self.channels = kind, tuple(channels)
-        self._folder = Path(tempfile.mkdtemp(prefix="trimtab-learning-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="trimtab-learning-", dir=_in_memory()))
         self._finetune = finetune
+        self._revise_after, self._unrevised = revise_after, 0
+        self._pending: list[tuple[str, bytes]] = []
         self._cache = cache or EmbeddingCache(None)
         self._now = START
         self._offsets: Counter[str] = Counter()
@@ -255,38 +262,37 @@ class Live:
                 predicted_at=self._now,
             )
             records.append((self._topics.name("predictions"), encode(prediction)))
-        self._step(records)
+        self._pending += records
         return answers
+
+    def take(self, positions: Sequence[int], payloads: Sequence[Payload]) -> None:
+        """Events are served, whoever looks at the answers."""
+        self.serve(positions, payloads)
 
     def label(self, positions: Sequence[int], labels: Sequence[str], labellers: Sequence[str] | None = None) -> None:
         """Labels come, of events served before; what follows from them happens before the next.
+
+        They are joined in one batch with what was served meanwhile, once there are enough for a revision: until
+        then they could change no answer.
 
         Args:
             labellers: who gives each of them; always the same one when not given.
         """
         who = ["default"] * len(positions) if labellers is None else labellers
-        for start in range(0, len(positions), LABELS_A_STEP):
-            records = []
-            step = slice(start, start + LABELS_A_STEP)
-            for position, label, labeller in zip(positions[step], labels[step], who[step], strict=True):
-                event_id, _ = self._ids[position]
-                message = Label(event_id=event_id, stream=STREAM, label=label, labeller=labeller, labelled_at=self._now)
-                records.append((self._topics.name("labels"), encode(message)))
-            learned = self._step(records)
-            self.learning.curator.learned(learned)
-            self._learner.announce(self._now)
-            self._learner.save(self._now)
-            self.held += bool(self._learner.held)
-            self._sent()
-            if self._finetune:
-                for stream, count in learned.items():
-                    self.learning.trainer.learned(stream, count)
-                self._fine_tune()
+        for position, label, labeller in zip(positions, labels, who, strict=True):
+            event_id, _ = self._ids[position]
+            message = Label(event_id=event_id, stream=STREAM, label=label, labeller=labeller, labelled_at=self._now)
+            self._pending.append((self._topics.name("labels"), encode(message)))
+            self._unrevised += 1
+            if self._unrevised >= self._revise_after:
+                self._revise()
         for position in set(positions):
             del self._ids[position]
 
     def ask(self, payloads: Sequence[Payload]) -> list[str | None]:
         """Answers that leave no trace."""
+        if self._unrevised:
+            self._revise()
         serving = self._learner.serving
         if serving.head is None or not len(payloads):
             return [None] * len(payloads)
@@ -294,6 +300,9 @@ class Live:
 
     def boundary(self) -> None:
         """An experience is over: the next one comes on another day."""
+        if self._unrevised:
+            self._revise()
+        self._sent()
         self._now = (self._now + timedelta(days=1)).replace(hour=0, minute=0, second=0)
 
     def request(self) -> None:
@@ -332,6 +341,19 @@ class Live:
 
     # Behind it
 
+    def _revise(self) -> None:
+        self._unrevised = 0
+        pending, self._pending = self._pending, []
+        learned = self._step(pending)
+        self.learning.curator.learned(learned)
+        self._learner.announce(self._now)
+        self._learner.save(self._now)
+        self.held += bool(self._learner.held)
+        if self._finetune:
+            for stream, count in learned.items():
+                self.learning.trainer.learned(stream, count)
+            self._fine_tune()
+
     def _encoder(self, digest: str) -> Encoder:
         # The learning line may be on another encoder than the served one, after a rollback.
         if digest == self._learner.encoder_digest:
@@ -363,11 +385,18 @@ class Live:
         self.learning.trainer.run_requested()
         with self.learning.store.transaction(self.learning.epoch, self._now + timedelta(seconds=1)) as tx:
             tx.purge()
-        self._sent()
 
     def _sent(self) -> None:
         """Announcements have no reader here."""
         self.learning.store.delete_outbox(message.id for message in self.learning.store.outbox())
+
+
+def _in_memory() -> Path | None:
+    """A folder that no disk is behind, where there is room: waiting for a disk would be most of a short run."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and shutil.disk_usage(memory).free > ROOM:
+        return memory
+    return None
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

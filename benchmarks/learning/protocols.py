@@ -21,8 +21,10 @@ from benchmarks.learning.scores import (
 )
 from learner.encoders import Payload
 
-BLOCKS = 2_000
-"""A prequential stream is answered in about so many blocks; labels that fall due in one come before the next."""
+BLOCKS = 1_000
+"""A prequential stream is answered in about so many blocks, where labels are so late that this is not felt."""
+BLOCK_OF_DELAY = 10
+"""A block is at most a tenth of the labels' delay: with labels that come at once, each event is a block of its own."""
 JUDGED_FROM = 5
 """Examples of a class in one part of a prequential stream from which its recall there is compared."""
 
@@ -31,11 +33,18 @@ class Contestant(Protocol):
     """Anything that answers events and may learn from their labels."""
 
     def serve(self, positions: Sequence[int], payloads: Sequence[Payload]) -> Sequence[str | None]:
-        """Answer events whose labels come later under the same positions."""
+        """Answer events whose labels come later under the same positions.
+
+        The list may be filled as late as the next `boundary`, with what would have been answered at once.
+        """
+        ...
+
+    def take(self, positions: Sequence[int], payloads: Sequence[Payload]) -> None:
+        """Events whose labels come later under the same positions; nobody looks at the answers."""
         ...
 
     def label(self, positions: Sequence[int], labels: Sequence[str]) -> None:
-        """Labels of events that were served before."""
+        """Labels of events that were served or taken before."""
         ...
 
     def ask(self, payloads: Sequence[Payload]) -> Sequence[str | None]:
@@ -162,7 +171,7 @@ def prequential(
     waiting = sorted(range(n), key=lambda place: (due[place], place))
     parts = max(1, min(experiences, n // 2))
     edges = [n * number // parts for number in range(parts + 1)]
-    block = max(1, n // BLOCKS)
+    block = max(1, min(n // BLOCKS, delay // BLOCK_OF_DELAY))
     told = 0
     served: list[list[str | None]] = []
     asked: list[tuple[list[str], list[str | None]]] = []
@@ -177,25 +186,25 @@ def prequential(
             contestant.label(places, [stream.labels[place] for place in places])
 
     for number in range(parts):
-        answers: list[str | None] = []
+        answers: list[Sequence[str | None]] = []
         for start in range(edges[number], edges[number + 1], block):
             places = range(start, min(start + block, edges[number + 1]))
             tell(start)
-            answers += contestant.serve(list(places), [stream.payloads[place] for place in places])
+            answers.append(contestant.serve(list(places), [stream.payloads[place] for place in places]))
         contestant.boundary()
-        served.append(answers)
+        served.append([answer for part in answers for answer in part])
         if test is not None:
             asked.append((list(test.labels), list(contestant.ask(test.payloads))))
     pairs = [(list(stream.labels[edges[i] : edges[i + 1]]), served[i]) for i in range(parts)]
     counted = pairs[1:] or pairs
     truth = [label for labels, _ in counted for label in labels]
-    answers = [answer for _, given in counted for answer in given]
+    given = [answer for _, part in counted for answer in part]
     judged = asked or counted
     matrix = by_class(judged, 1 if asked else JUDGED_FROM)
-    last_truth, last_answers = (asked[-1]) if asked else (truth, answers)
+    last_truth, last_answers = asked[-1] if asked else (truth, given)
     values = {
         "final": accuracy(*judged[-1]),
-        "average": float(np.mean([accuracy(*pair) for pair in judged])) if asked else accuracy(truth, answers),
+        "average": float(np.mean([accuracy(*pair) for pair in judged])) if asked else accuracy(truth, given),
         "forgetting": forgetting(matrix),
         "backward_transfer": backward_transfer(matrix),
         "worst_class": min(recalls(last_truth, last_answers).values()),
@@ -203,8 +212,8 @@ def prequential(
     }
     if asked:
         values |= {
-            "prequential_average": accuracy(truth, answers),
-            "prequential_macro_f1": macro_f1(truth, answers),
+            "prequential_average": accuracy(truth, given),
+            "prequential_macro_f1": macro_f1(truth, given),
         }
     return Outcome(values, [accuracy(*pair) for pair in judged])
 
@@ -241,11 +250,11 @@ def _experiences(train: Examples, experiences: int, seed: int, in_order: bool) -
 
 
 def _teach(contestant: Contestant, train: Examples, places: Sequence[int]) -> None:
-    """Each example once: served, then labelled, some at a time."""
+    """Each example once: taken, then labelled, some at a time."""
     step = 100
     for start in range(0, len(places), step):
         part = list(places[start : start + step])
-        contestant.serve(part, [train.payloads[place] for place in part])
+        contestant.take(part, [train.payloads[place] for place in part])
         contestant.label(part, [train.labels[place] for place in part])
 
 

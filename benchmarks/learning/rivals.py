@@ -47,8 +47,12 @@ class Rival(ABC):
     def serve(self, positions: Sequence[int], payloads: Sequence[Payload]) -> Sequence[str | None]:
         """Answer, and keep the payloads until their labels come."""
         answers = self.ask(payloads)
-        self._waiting.update(zip(positions, payloads, strict=True))
+        self.take(positions, payloads)
         return answers
+
+    def take(self, positions: Sequence[int], payloads: Sequence[Payload]) -> None:
+        """Keep the payloads until their labels come."""
+        self._waiting.update(zip(positions, payloads, strict=True))
 
     def label(self, positions: Sequence[int], labels: Sequence[str]) -> None:
         """Learn what was waiting."""
@@ -123,10 +127,29 @@ class Refit(Rival):
         self._labels: list[str] = []
         self._fitted = 0
         self._model: Classifier | None = None
+        self._unanswered: list[tuple[list[str | None], Sequence[Payload]]] = []
         self.fits = 0
+
+    def serve(self, positions: Sequence[int], payloads: Sequence[Payload]) -> Sequence[str | None]:
+        """Answered together, before the next fit: one at a time, a forest's answers cost more than its fits."""
+        self._refit()
+        self.take(positions, payloads)
+        answers: list[str | None] = [None] * len(payloads)
+        self._unanswered.append((answers, payloads))
+        return answers
+
+    def boundary(self) -> None:
+        """What was served is answered by now."""
+        unanswered, self._unanswered = self._unanswered, []
+        found = iter(self._answers([payload for _, payloads in unanswered for payload in payloads]))
+        for answers, payloads in unanswered:
+            answers[:] = [next(found) for _ in payloads]
 
     def ask(self, payloads: Sequence[Payload]) -> Sequence[str | None]:
         self._refit()
+        return self._answers(payloads)
+
+    def _answers(self, payloads: Sequence[Payload]) -> Sequence[str | None]:
         if not len(payloads) or not self._labels:
             return [None] * len(payloads)
         if self._model is None:  # one class, which no classifier would be fitted to
@@ -144,6 +167,7 @@ class Refit(Rival):
         new = len(self._labels) - self._fitted
         full = self._until is not None and len(self._labels) >= self._until and new
         if (new >= self._every or full) and len(set(self._labels)) > 1:
+            self.boundary()
             self._model = self._make()
             self._model.fit(self._featurise(self._payloads), self._labels)
             self._fitted = len(self._labels)
@@ -219,6 +243,9 @@ def river_models(examples: Examples, embed: Featurise, seed: int) -> dict[str, C
     def numbers(payloads: Sequence[Payload]) -> list[dict[int, float]]:
         return [{i: float(v) for i, v in enumerate(row) if not np.isnan(v)} for row in statistics(payloads)]
 
+    def or_none(payloads: Sequence[Payload]) -> list[dict[int, float | None]]:
+        return [{i: None if np.isnan(v) else float(v) for i, v in enumerate(row)} for row in statistics(payloads)]
+
     def embedded(payloads: Sequence[Payload]) -> list[dict[int, float]]:
         return [dict(enumerate(map(float, row))) for row in embed(payloads)]
 
@@ -245,9 +272,9 @@ def river_models(examples: Examples, embed: Featurise, seed: int) -> dict[str, C
             )
         return found
     return {
-        "adaptive random forest": lambda: River(filled(forest.ARFClassifier(seed=seed)), numbers),
-        "Hoeffding adaptive tree": lambda: River(filled(tree.HoeffdingAdaptiveTreeClassifier(seed=seed)), numbers),
-        "Gaussian naive Bayes": lambda: River(filled(naive_bayes.GaussianNB()), numbers),
+        "adaptive random forest": lambda: River(filled(forest.ARFClassifier(seed=seed)), or_none),
+        "Hoeffding adaptive tree": lambda: River(filled(tree.HoeffdingAdaptiveTreeClassifier(seed=seed)), or_none),
+        "Gaussian naive Bayes": lambda: River(filled(naive_bayes.GaussianNB()), or_none),
         "nearest neighbours": lambda: River(
             compose.Pipeline(preprocessing.StandardScaler(), neighbors.KNNClassifier()), numbers
         ),
