@@ -15,17 +15,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from learner.telemetry import TelemetryConfig, TelemetryModule, plan, seeded
+from learner.spec import EncoderSpec, TelemetryConfig, TextConfig
+from learner.telemetry import TelemetryModule, plan, seeded
 from stream.errors import Misconfigured
 from stream.events import Event, Report
 
@@ -42,35 +42,6 @@ TEXT_BATCH_TOKENS = 1024
 TEXT_BATCH_TOKENS_CUDA = 65_536
 TELEMETRY_BATCH_VALUES = 1 << 18
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-
-class EncoderSpec(BaseModel):
-    """All that is needed, with the files it names, to rebuild an encoder.
-
-    Args:
-        kind: what it reads.
-        dimension: d, the length of an embedding.
-        bound: no component of an embedding is larger than this in absolute value.
-        config: the shape of the network; see `TextConfig` and `TelemetryConfig`.
-        files: SHA-256 (hex) of each file by name.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["text", "telemetry"]
-    dimension: int = Field(ge=1, le=16_384)
-    bound: float = Field(gt=0, allow_inf_nan=False)
-    config: dict[str, Any]
-    files: dict[str, str]
-
-
-class TextConfig(BaseModel):
-    """The shape of a text encoder: texts are cut to `max_tokens`, token 0 is padding."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    max_tokens: int = Field(ge=8, le=8192)
-    pooling: Literal["mean"] = "mean"
 
 
 class Encoder(Protocol):

@@ -39,7 +39,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from learner.encoders import EncoderSpec
+from learner.spec import EncoderSpec
 from stream.errors import TrimtabError
 
 RESULT_FILE = "result.json"

@@ -42,8 +42,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from learner.encoders import EncoderSpec
 from learner.exam import Verdict
+from learner.spec import EncoderSpec
 from stream.errors import Misconfigured, RetryLater, TrimtabError
 from stream.events import StreamName, utc_now
 

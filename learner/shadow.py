@@ -24,14 +24,17 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import betainc, betaln
 
-from learner.encoders import Encoder, Payload
 from learner.heads import HeadSums, LinearHead, Prior, dequantise, quantise, solve
+
+if TYPE_CHECKING:
+    from learner.encoders import Encoder, Payload
 
 LOG2 = math.log(2.0)
 SLOW_SOLVE = 0.05

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from learner.encoders import Encoder, EncoderSpec, load_encoder, payload
+from learner.encoders import Encoder, load_encoder, payload
 from learner.heads import LinearHead
 from learner.registry import BrokenVersion, Digest, Fault, Pointer, Registry
+from learner.spec import EncoderSpec
 from monitoring.metrics import Metrics
 from stream.errors import Misconfigured, RetryLater
 from stream.events import Event

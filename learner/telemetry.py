@@ -2,63 +2,23 @@
 
 The instant head can weigh many simple readings from the first label on, and a deep network is worth
 nothing before it is trained. So most of an embedding is readings that need no training and no statistic
-of the data; a small trainable network stands beside them for fine-tuning. Only torch is imported here.
+of the data; a small trainable network stands beside them for fine-tuning.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
+
+from learner.spec import TelemetryConfig
 
 TAPS, RAISED = 9, 3
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SMALLEST_BIAS, LARGEST_BIAS = 0.003, 1.0
 """Thresholds on levels are spread log-uniformly between these, because a channel's scale is unknown."""
-
-
-class TelemetryConfig(BaseModel):
-    """The shape of a telemetry encoder.
-
-    Args:
-        channels: names of the C channels, in the order of a window's rows.
-        commands: those among them that say what was done (bits, counts, switches) and mostly rest at 0.
-        window: the usual number of time steps; other lengths are taken too.
-        statistics: components for levels, trends, flatness and spectrum of the measured channels; where
-            there are more readings than components, a random projection.
-        switches: likewise for the commands.
-        kernels: number of fixed random convolution kernels, one component each.
-        learned: components of the small trainable network.
-        seed: of the random kernels, the projections and the initial weights.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    channels: tuple[str, ...] = Field(min_length=1, max_length=1024)
-    commands: tuple[str, ...] = ()
-    window: int = Field(ge=1, le=10_000)
-    statistics: int = Field(ge=1, le=8192)
-    switches: int = Field(default=0, ge=0, le=8192)
-    kernels: int = Field(ge=0, le=4096)
-    learned: int = Field(ge=0, le=1024)
-    seed: int
-
-    @model_validator(mode="after")
-    def _measures_something(self) -> Self:
-        if not set(self.commands) < set(self.channels):
-            raise ValueError("commands are some of the channels, and at least one channel is not a command")
-        if bool(self.commands) != bool(self.switches):
-            raise ValueError("components for commands go with commands")
-        return self
-
-    @property
-    def dimension(self) -> int:
-        """d: statistics, switches, one component a kernel, and the learned ones."""
-        return self.statistics + self.switches + self.kernels + self.learned
 
 
 def plan(

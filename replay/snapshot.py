@@ -3,6 +3,9 @@
 A run trains on what was labelled when it began, whatever is labelled or corrected meanwhile. The digest
 names the content alone, the same on every machine and in whatever order the rows came, so it can stand
 in a version's lineage.
+
+`datasets` takes a second and much memory to import, and a learner trains seldom: it is imported where a snapshot
+is written or read.
 """
 
 from __future__ import annotations
@@ -14,14 +17,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import datasets
 import numpy as np
 
 from replay.schema import micros
 from replay.store import Example, Payload, pack
 from stream.errors import TrimtabError
+
+if TYPE_CHECKING:
+    import datasets
 
 SnapshotKind = Literal["text", "telemetry"]
 
@@ -65,6 +70,8 @@ def write_snapshot(rows: Sequence[Example], path: Path, kind: SnapshotKind) -> s
         FileExistsError: `path` is there already; a snapshot is never changed.
         ValueError: there are no examples, an event id comes twice, or a payload is not of this kind.
     """
+    import datasets
+
     if path.exists():
         raise FileExistsError(f"{path} is there already; a snapshot is never changed")
     ordered = sorted(rows, key=lambda row: row.event_id)
@@ -116,6 +123,8 @@ def read_snapshot(path: Path, digest: str | None = None) -> Snapshot:
     Raises:
         BrokenSnapshot: it is not there, not whole, altered, or another one than asked for.
     """
+    import datasets
+
     try:
         card = json.loads((path / _CARD).read_text(encoding="utf-8"))
         kind: SnapshotKind = card["kind"]
@@ -150,6 +159,8 @@ def read_snapshot(path: Path, digest: str | None = None) -> Snapshot:
 
 
 def _features(kind: str) -> datasets.Features:
+    import datasets
+
     columns = {
         "event_id": datasets.Value("string"),
         "label": datasets.Value("string"),
@@ -202,6 +213,8 @@ def _digest(kind: str, rows: Iterable[tuple[str, str, int, bool, bool, int, Payl
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """`datasets` draws a bar for every save, in the middle of whatever the process shows."""
+    import datasets
+
     shown = not datasets.utils.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

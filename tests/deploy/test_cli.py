@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 
 from deploy.cli import app
 from learner.control import SIGNATURE, ControlAnswer, ControlRequest, ControlSettings, Gate
-from learner.encoders import EncoderSpec
 from learner.registry import Lineage, Registry, VersionManifest
+from learner.spec import EncoderSpec
 from replay import schema
 from stream.errors import DeadLetter, Reason
 from stream.events import Label, Place, Prediction, Record, Report, dead_letter_headers, encode

@@ -21,7 +21,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from learner.encoders import EncoderSpec
 from learner.exam import examine
 from learner.registry import (
     BrokenVersion,
@@ -32,6 +31,7 @@ from learner.registry import (
     VersionManifest,
     spec_digest,
 )
+from learner.spec import EncoderSpec
 from stream.errors import Misconfigured, RetryLater
 
 HOUR = timedelta(hours=1)
