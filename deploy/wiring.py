@@ -174,6 +174,7 @@ def _open_console(settings: Settings, shell: Shell, parts: Callable[[], LearnerP
         topics.name("predictions"),
         settings.learner.console.workers,
         list(settings.streams),
+        shell.metrics,
     )
     kinds = {name: stream.kind for name, stream in settings.streams.items()}
     query = Query(parts, watcher, shell.health, settings.kafka, followed, kinds, shell.token is not None, shell.metrics)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from deploy.console import curves
-from deploy.console.watch import Neighbour, Watcher
+from deploy.console.watch import Neighbour, Watcher, gauge
 from deploy.messages import Letter, letter, read_at
 from learner.app import DRIFT_KINDS, Parts
 from learner.registry import BrokenVersion
@@ -125,7 +125,7 @@ class Query:
         numbers, now = self._numbers(parts, name), time.time()
         store, learner = parts.store, parts.learners[name]
         with self._watcher.lock:
-            drift = self._watcher.drift[name].columns()
+            drift = self._watcher.moving[name].columns()
             alarms = [asdict(one) for one in self._watcher.alarms[name]]
             pace = self._watcher.pace.columns()
             workers = [_worker(one) for one in self._watcher.workers.values()]
@@ -270,8 +270,7 @@ class Query:
         learner, course = parts.learners[name], parts.trainer.courses[name]
         numbers = self._numbers(parts, name)
         reign = parts.store.champion(name)
-        # Not by `labels`, which would make a series at 0 where nothing was measured yet.
-        came = next(iter(self._metrics.last_label.collect())).samples
+        duel = learner.duel
         progress = course.progress
         with self._watcher.lock:
             newest = self._watcher.newest.get(name)
@@ -292,7 +291,12 @@ class Query:
             "labels_learned": learner.sums.total,
             "now": numbers["accuracy"]["now"],
             "last_prediction": newest,
-            "last_label": next((sample.value for sample in came if sample.labels["stream"] == name), None),
+            "last_label": gauge(self._metrics.last_label, name),
+            "estimate": gauge(self._metrics.accuracy_estimate, name),
+            "estimate_error": gauge(self._metrics.accuracy_estimate_error, name),
+            "shadow": {"version": duel.loser, "won": duel.total.won, "lost": duel.total.lost, "seen": duel.total.seen}
+            if duel
+            else None,
             "dead_letters": letters,
             "fine_tune": {
                 "running": course.running,
@@ -456,7 +460,7 @@ def _run(one: Run) -> dict[str, Any]:
 def _marks(reigns: list[Reign], runs: list[Run]) -> list[dict[str, Any]]:
     marks = []
     for reign in reigns:
-        kind = "rollback" if reign.cause.startswith("rollback") else "swap"
+        kind = "rollback" if reign.cause.startswith(("rollback", "rolled back")) else "swap"
         marks.append({"at": reign.at.timestamp(), "kind": kind, "says": f"v{reign.version}: {reign.cause}"})
     for run in runs:
         if run.started_at is not None:

@@ -16,12 +16,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prometheus_client import Gauge
 from pydantic import ValidationError
 
 from deploy.messages import Letter, letter
 from learner.app import Parts
 from learner.control import ControlAnswer
 from monitoring.drift import Kind
+from monitoring.metrics import Metrics
 from monitoring.scraped import Scraped, grown, quantile
 from replay.history import History
 from stream.batches import TopicTail
@@ -129,6 +131,7 @@ class Watcher:
         predictions: whole name of the topic that the learner joins.
         workers: addresses of workers whose `/metrics` are read.
         streams: their names.
+        metrics: the learner's.
     """
 
     def __init__(
@@ -139,7 +142,9 @@ class Watcher:
         predictions: str,
         workers: Sequence[str],
         streams: Sequence[str],
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self._parts, self._connection, self._topics = parts, dict(connection), dict(topics)
         self._predictions_topic = predictions
         self._thread = threading.Thread(target=self._loop, name="console", daemon=True)
@@ -147,7 +152,7 @@ class Watcher:
         self.lock = threading.Lock()
         self.workers = {url: Neighbour(url) for url in workers}
         self.pace = Ring(["rate", "p50", "p99", "worker_lag", "joined", "learner_lag"])
-        self.drift = {name: Ring(DRIFT_KINDS) for name in streams}
+        self.moving = {name: Ring([*DRIFT_KINDS, "estimate"]) for name in streams}
         self.alarms: dict[str, deque[Alarm]] = {name: deque(maxlen=KEPT_ALARMS) for name in streams}
         self.letters: deque[Letter] = deque(maxlen=KEPT_LETTERS)
         self.answers: deque[ControlAnswer] = deque(maxlen=KEPT_ANSWERS)
@@ -205,7 +210,8 @@ class Watcher:
         with self.lock:
             self.newest.update({stream: at.timestamp() for stream, at in newest.items()})
             for stream, monitor in parts.drift.items():
-                self.drift[stream].add(now, {kind: monitor.score(kind) for kind in DRIFT_KINDS})
+                scores: dict[str, float | None] = {kind: monitor.score(kind) for kind in DRIFT_KINDS}
+                self.moving[stream].add(now, {**scores, "estimate": gauge(self._metrics.accuracy_estimate, stream)})
                 for kind in DRIFT_KINDS:
                     found = monitor.drifts(kind)
                     if found > self._drifts.get((stream, kind), 0):
@@ -289,6 +295,12 @@ def without_bytes(one: Letter) -> Letter:
         at=one.at[:40],
         by_reference=one.by_reference,
     )
+
+
+def gauge(metric: Gauge, stream: str) -> float | None:
+    """What a gauge says of a stream; None where nothing was measured. Asking by `labels` would make it say 0."""
+    samples = next(iter(metric.collect())).samples
+    return next((sample.value for sample in samples if sample.labels.get("stream") == stream), None)
 
 
 def _scrape(url: str) -> Scraped | str:

@@ -1,7 +1,7 @@
 // Curves over time by uPlot, with what happened drawn as marks. Lines differ by dash as well as by colour.
 
 import { html, useEffect, useRef } from "./preact.js";
-import { clock } from "./words.js";
+import { clock, shortClock } from "./words.js";
 
 export const MARKS = {
   swap: { sign: "S", name: "swap" },
@@ -42,10 +42,10 @@ function drawn(marks) {
 }
 
 /**
- * A chart. `curve` has a column `t` and one for each of `lines` ({key, name, colour}); `show` writes a value; `range`
- * fixes the scale.
+ * A chart. `curve` has a column `t` and one for each of `lines` ({key, name, colour}); `show` writes a value, `tick` one
+ * on the axis; `range` fixes the scale.
  */
-export function Chart({ title, curve, lines, marks = [], show, range, empty }) {
+export function Chart({ title, curve, lines, marks = [], show, tick = show, range, empty }) {
   const box = useRef();
   const plot = useRef();
   const shown = useRef(marks);
@@ -66,7 +66,10 @@ export function Chart({ title, curve, lines, marks = [], show, range, empty }) {
           cursor: { drag: { x: false, y: false } },
           padding: [14, 8, 0, 0],
           scales: { y: range ? { range } : {} },
-          axes: [{ ...axis, space: 70 }, { ...axis, size: 56, values: (_, ticks) => ticks.map((tick) => show(tick)) }],
+          axes: [
+            { ...axis, space: 70, values: (u, ticks) => ticks.map((at) => shortClock(at, u.scales.x.max - u.scales.x.min)) },
+            { ...axis, size: 56, values: (_, ticks) => ticks.map(tick) },
+          ],
           series: [
             {},
             ...lines.map((line, i) => ({

@@ -4,7 +4,7 @@ import { act, read } from "./api.js";
 import { Chart, Marks } from "./charts.js";
 import { Labelling, Quarantine } from "./desk.js";
 import { html, useEffect, useState } from "./preact.js";
-import { ago, clock, many, number, rate, seconds, share } from "./words.js";
+import { ago, clock, many, number, rate, seconds, share, wholeShare } from "./words.js";
 
 const QUESTIONS = {
   right: "Is it right?",
@@ -57,7 +57,7 @@ function Workers({ workers, now }) {
   return html`<section aria-labelledby="workers-title">
     <h2 id="workers-title">Workers</h2>
     ${workers.length
-      ? html`<div class="scroll" tabindex="0" role="region" aria-label="Workers">
+      ? html`<div class="scroll" tabindex="0" role="region" aria-label="Table of workers">
           <table>
             <thead><tr><th scope="col">Worker</th><th scope="col">State</th><th scope="col">Answers/s</th><th scope="col">p50</th><th scope="col">p99</th><th scope="col">Waiting</th></tr></thead>
             <tbody>
@@ -140,8 +140,12 @@ function Now({ one, now, ask, locked }) {
     <div class="grid">
       <${Question} one=${one} question="right">
         <${Chart} title="Share right of 200 answers, as their labels came" curve=${accuracy.curve} lines=${RIVALS.filter((line) => line.key !== "frozen" || accuracy.now.frozen != null)}
-          marks=${marks} show=${share} range=${[0, 1]} empty="Publish labels, or label an event by hand: each is compared with what was answered for its event." />
+          marks=${marks} show=${share} tick=${wholeShare} range=${[0, 1]} empty="Publish labels, or label an event by hand: each is compared with what was answered for its event." />
         <p class="dim">No change and majority answer from the labels that had arrived when the event was answered. ${accuracy.now.frozen == null && "No frozen twin is followed (learner.console.twin)."}</p>
+        ${one.estimate != null &&
+        html`<${Chart} title="Share right as the answers themselves suggest, before labels come" curve=${drift.curve} marks=${marks} show=${share} tick=${wholeShare} range=${[0, 1]}
+            lines=${[{ key: "estimate", name: "estimate", colour: "--c1" }]} empty="The first points come within seconds." />
+          <p class="dim">${one.estimate_error == null ? "How far off it is, is not known yet." : `Lately it was ${share(Math.abs(one.estimate_error))} off what labels then said.`}</p>`}
       <//>
       <${Question} one=${one} question="moving">
         <${Chart} title="Drift: distance from what was, in standard errors" curve=${drift.curve} marks=${marks} show=${(value) => (value == null ? "–" : value.toFixed(1))}
@@ -154,6 +158,7 @@ function Now({ one, now, ask, locked }) {
       <${Question} one=${one} question="forgetting"><${Heat} heat=${one.heat} /><//>
       <${Question} one=${one} question="running">
         <p>${one.serving}${one.since ? `, its version since ${clock(one.since)}` : ""}${one.because && html` (${one.because})`}. ${many(one.classes, "class", "classes")}, ${many(one.labels_learned, "label")} learned, ${many(one.fine_tune.labels_since, "label")} since the last fine-tune.</p>
+        ${one.shadow && html`<p>${one.shadow.version}, which it replaced, answers along: of ${many(one.shadow.seen, "label")}, ${one.version} alone was right about ${number(one.shadow.won)}, ${one.shadow.version} alone about ${number(one.shadow.lost)}.</p>`}
         <${Tuning} tune=${one.fine_tune} />
         ${one.fine_tune.requested > 0 && html`<p>${many(one.fine_tune.requested, "fine-tune")} asked for, and not begun.</p>`}
         <${Runs} runs=${one.runs} />
@@ -266,7 +271,7 @@ function Versions({ one, ask, locked }) {
   return html`<section aria-labelledby="versions-title">
     <h2 id="versions-title">Versions</h2>
     ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
-    <div class="scroll" tabindex="0" role="region" aria-label="Versions">
+    <div class="scroll" tabindex="0" role="region" aria-label="Table of versions">
       <table>
         <thead><tr><th scope="col">Version</th><th scope="col">State</th><th scope="col">From</th><th scope="col">Made</th><th scope="col">Why</th><th scope="col">Do</th></tr></thead>
         <tbody>

@@ -24,4 +24,13 @@ export function clock(at) {
   return date.toDateString() === new Date().toDateString() ? time : `${date.toLocaleDateString("en-CA")} ${time}`;
 }
 
+/** A time on an axis that spans so many seconds. */
+export function shortClock(at, span) {
+  const date = new Date(at * 1000);
+  if (span > 4 * 86_400) return date.toLocaleDateString("en-CA").slice(5);
+  const time = date.toLocaleTimeString("en-GB");
+  return span > 86_400 ? `${date.toLocaleDateString("en-CA").slice(5)} ${time.slice(0, 5)}` : span > 900 ? time.slice(0, 5) : time;
+}
+
+export const wholeShare = (value) => `${Math.round(100 * value)} %`;
 export const many = (count, one, more = `${one}s`) => `${number(count)} ${count === 1 ? one : more}`;
