@@ -166,7 +166,9 @@ class Shell:
         if self.http.host in LOOPBACK and name not in LOOPBACK and name not in self.http.names:
             return f"{name[:100]!r} is no name of this address; add it to http.names if it is meant"
         origin = request.headers.get("Origin")
-        if origin is not None and origin not in (f"http://{host}", f"https://{host}"):
+        # A proxy may have told us another Host than the browser was told; its name is then one of the settings'.
+        known = origin is None or origin.partition("://")[2].partition(":")[0] in self.http.names
+        if not known and origin not in (f"http://{host}", f"https://{host}"):
             return "the request comes from a page of another site"
         if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             return "the request comes from a page of another site"

@@ -113,7 +113,6 @@ export function Labelling({ stream, names, closed, tell, locked }) {
     try {
       setEvent(await read("event", stream, id));
       setWanted(id);
-      field.current?.focus();
     } catch (error) {
       setEvent(null);
       setWrong(error.message);
@@ -134,6 +133,10 @@ export function Labelling({ stream, names, closed, tell, locked }) {
     setEvent(null);
     if (!locked) next();
   }, [stream, locked]);
+  // Once the event is drawn: what is typed next is its class.
+  useEffect(() => {
+    field.current?.focus();
+  }, [event]);
   const send = async (submitted) => {
     submitted.preventDefault();
     const label = field.current.value;
@@ -165,7 +168,7 @@ export function Labelling({ stream, names, closed, tell, locked }) {
     ${locked
       ? html`<p class="empty">Give the token first: what is in an event is shown to those only who may act.</p>`
       : html`<form class="row" onSubmit=${(e) => (e.preventDefault(), wanted.trim() && look(wanted.trim()))}>
-            <label>Event id <input value=${wanted} onInput=${(e) => setWanted(e.target.value)} onPaste=${bounded(200, setWrong)} autocomplete="off" spellcheck="false" /></label>
+            <label>Event id <input value=${wanted} onInput=${(e) => setWanted(e.target.value)} onPaste=${bounded(200, setWrong)} autocomplete="off" spellcheck=${false} /></label>
             <button type="submit">Look</button>
             <button type="button" onClick=${next}>Newest without a label</button>
           </form>
@@ -180,7 +183,7 @@ export function Labelling({ stream, names, closed, tell, locked }) {
               ${event.said.map((one) => html`<br />${one.labeller} said <b>${one.label ?? "nothing (withdrawn)"}</b> at ${clock(one.at)}.`)}
             </p>
             <form class="row" onSubmit=${send}>
-              <label>Its class <input ref=${field} list="classes" autocomplete="off" spellcheck="false" onPaste=${bounded(10_000, setWrong)} /></label>
+              <label>Its class <input ref=${field} list="classes" autocomplete="off" spellcheck=${false} onPaste=${bounded(10_000, setWrong)} /></label>
               <datalist id="classes">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
               <button type="submit" class="main">Label it (Enter)</button>
               <button type="button" onClick=${pass}>Skip</button>
