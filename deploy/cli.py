@@ -478,6 +478,20 @@ def forget(
 
 
 @app.command(rich_help_panel="Learning")
+def label(
+    stream: StreamArgument,
+    event_id: Annotated[str, typer.Argument(help="The event's id.")],
+    name: Annotated[str, typer.Argument(metavar="CLASS", help="What the event is; a new name is a new class.")],
+    config: ConfigOption = None,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Say what an event is, as the user who types it. To correct it, say it again."""
+    _ask(config, "label", stream, None, reason, by_topic, url, event_ids=[event_id], label=name)
+
+
+@app.command(rich_help_panel="Learning")
 def pause(
     stream: StreamArgument,
     config: ConfigOption = None,
@@ -1086,6 +1100,7 @@ def _ask(
     event_ids: Sequence[str] = (),
     held: HeldLabels | None = None,
     names: tuple[str, str] | None = None,
+    label: str | None = None,
 ) -> None:
     """Ask the learner for something, and end with what became of it."""
     settings = _settings(config)
@@ -1108,6 +1123,7 @@ def _ask(
             held=held,
             old=names and names[0],
             new=names and names[1],
+            label=label,
         )
     except ValidationError as error:
         first = error.errors(include_url=False)[0]

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import urllib.request
+import webbrowser
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from rich.table import Table
 
 from deploy import report as reporting
 from deploy.broker import EmbeddedBroker
+from deploy.console.front import Front, desktop
 from deploy.demo_data import DemoStream, intents, interleave, rotation, storm
 from stream.batches import TopicTail
 from stream.errors import Misconfigured, RetryLater
@@ -97,6 +99,7 @@ def settings_of(
             "http": {"port": ports[1]},
             "threads": 1,
             "batches": {"session_seconds": 4, "batch_seconds": 0.2},
+            "console": {"workers": [f"http://127.0.0.1:{ports[0]}"], "twin": f"{TWIN}-predictions"},
         },
         "log": {"format": "json"},
         "streams": blocks,
@@ -185,6 +188,11 @@ class Demo:
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
         with contextlib.ExitStack() as stack:
+            self._front = stack.enter_context(Front(self.ports[1]))
+            self.console.print(f"The console is at {self._front.url}")
+            if desktop():
+                webbrowser.open(self._front.url)
+            self._front.says = "The broker is starting."
             broker = stack.enter_context(EmbeddedBroker(log=self.directory / "broker.log"))
             stack.callback(self._end)
             self._start(broker.bootstrap)
@@ -220,6 +228,7 @@ class Demo:
         kafka = KafkaSettings(bootstrap_servers=bootstrap)
         with self.console.status("creating topics"):
             create_topics(kafka, self.topics, [f"{TWIN}-predictions"])
+        self._front.says = "The learner and a worker are starting: torch and the text model are loaded once each."
         with self.console.status("starting the learner and a worker: torch and the text model are loaded once each"):
             self._spawn("learner", "learner")
             self._spawn("worker", "worker")
@@ -271,6 +280,7 @@ class Demo:
     def _stay(self, bootstrap: str) -> None:
         self.console.print(
             Panel(
+                f"console   http://127.0.0.1:{self.ports[1]}/console/\n"
                 f"broker    {bootstrap}\nworker    http://127.0.0.1:{self.ports[0]}/metrics\n"
                 f"learner   http://127.0.0.1:{self.ports[1]}/streams\nsettings  {self.folder / 'trimtab.yaml'}\n\n"
                 f"try       trimtab predictions --follow --config {self.folder / 'trimtab.yaml'}\n"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +17,7 @@ from typing import Any, Self
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
+from learner.control import Refused
 from stream.errors import DeadLetter, Misconfigured, RetryLater
 from stream.events import Decoder, Headers, Place, Record
 from stream.kafka import KafkaSettings, admin_client
@@ -290,6 +291,35 @@ def letter(record: Record) -> Letter:
         at=added.get("trimtab-at", ""),
         by_reference="trimtab-by-reference" in added,
     )
+
+
+def originals(kafka: KafkaSettings, topic: str, ours: Collection[str], places: Iterable[str]) -> list[Record]:
+    """What dead letters were, to be sent again as they were.
+
+    Args:
+        kafka: where.
+        topic: whole name of the topic of dead letters.
+        ours: the topics that they may have come from.
+        places: `PARTITION:OFFSET` each.
+
+    Raises:
+        Refused: one is gone, or came from elsewhere.
+        RetryLater: the broker does not answer.
+    """
+    found = []
+    for place in places:
+        partition, _, offset = place.partition(":")
+        record = read_at(kafka, Place(topic=topic, partition=int(partition), offset=int(offset)))
+        if record is None:
+            raise Refused(f"there is no dead letter at {place}, or its retention has ended")
+        one = letter(record)
+        if one.original.topic not in ours:
+            raise Refused(f"{place} came from {one.original.topic or 'no topic'!r}, which these settings do not read")
+        original = read_at(kafka, one.original.place) if one.by_reference else one.original
+        if original is None:
+            raise Refused(f"{place} was too large to be copied, and its first place no longer has it")
+        found.append(original)
+    return found
 
 
 def _event_id(value: bytes) -> str | None:

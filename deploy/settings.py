@@ -137,6 +137,22 @@ def _learner_port(found: object) -> object:
     return {"port": LEARNER_PORT, **found} if isinstance(found, dict) else found
 
 
+class ConsoleSettings(_Block):
+    """The console: the learner's web page, on the address of its HTTP."""
+
+    enabled: bool = Field(default=True, description="whether the page is served")
+    workers: tuple[Annotated[str, Field(pattern=r"^https?://[^\s/]+$", max_length=300)], ...] = Field(
+        default=(),
+        max_length=32,
+        description="where workers answer, such as http://worker:6066: the page shows their rate, latency and silence",
+    )
+    twin: str | None = Field(
+        default=None,
+        pattern=r"^[A-Za-z0-9._-]{1,149}$",
+        description="topic of a frozen twin's predictions, without the prefix, to compare with",
+    )
+
+
 class LearnerSettings(_Block):
     """The process that has all the state there is; a second one on the same store takes over and ends the first."""
 
@@ -156,6 +172,7 @@ class LearnerSettings(_Block):
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the embedding")
     jobs: Path = Field(default=Path("trimtab-data/jobs"), description="where fine-tunes work")
     http: Annotated[HttpSettings, BeforeValidator(_learner_port)] = HttpSettings(port=LEARNER_PORT)
+    console: ConsoleSettings = ConsoleSettings()
 
     _token_beyond_loopback = field_validator("http")(_safe_to_listen)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,7 +144,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     def connect(learn: Callable[[Callable[[], Any]], Future[Any]]) -> LearnerParts:
         return _learner_parts(settings, group, metrics, learn)
 
-    LearnerApp(
+    learner = LearnerApp(
         shell,
         connect,
         settings.topics.name("control"),
@@ -152,12 +153,38 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
         utc_now,
         settings.learner.revision_seconds,
     )
+    if settings.learner.console.enabled:
+        _open_console(settings, shell, lambda: learner.parts if learner.opened else None)
     return shell.run()
+
+
+def _open_console(settings: Settings, shell: Shell, parts: Callable[[], LearnerParts | None]) -> None:
+    from deploy.console.query import Query
+    from deploy.console.site import serve
+    from deploy.console.watch import Watcher
+
+    topics = settings.topics
+    followed = {"dead_letters": topics.name("dead_letters"), "audit": topics.name("audit")}
+    if settings.learner.console.twin:
+        followed["twin"] = topics.prefix + settings.learner.console.twin
+    watcher = Watcher(
+        parts,
+        settings.kafka.confluent(),
+        followed,
+        topics.name("predictions"),
+        settings.learner.console.workers,
+        list(settings.streams),
+        shell.metrics,
+    )
+    kinds = {name: stream.kind for name, stream in settings.streams.items()}
+    query = Query(parts, watcher, shell.health, settings.kafka, followed, kinds, shell.token is not None, shell.metrics)
+    serve(shell, query, watcher)
 
 
 def _learner_parts(
     settings: Settings, group: str, metrics: Metrics, learn: Callable[[Callable[[], Any]], Future[Any]]
 ) -> LearnerParts:
+    from deploy.messages import originals
     from learner.app import Outbox
     from learner.app import Parts as LearnerParts
     from stream.lookback import Lookback
@@ -187,6 +214,12 @@ def _learner_parts(
         outbox,
         learning.epoch,
         budgets,
+        partial(
+            originals,
+            settings.kafka,
+            topics.name("dead_letters"),
+            {*settings.event_topics, topics.name("labels"), topics.name("predictions")},
+        ),
     )
 
 

@@ -41,8 +41,8 @@ from monitoring.metrics import QUARANTINE_REASONS, Metrics
 from replay.store import Held, LearnerStore, Outgoing
 from stream.batches import Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
-from stream.events import encode
-from stream.service import Shell
+from stream.events import Record, encode
+from stream.service import MOST_BODY, Shell
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,11 @@ def close_duel(learner: OnlineLearner, audit: str, metrics: Metrics, now: dateti
 
 @dataclass(frozen=True)
 class Parts:
-    """What the learner is wired from."""
+    """What the learner is wired from.
+
+    Args:
+        originals: reads what dead letters were, by their places; it raises `Refused` where one is gone.
+    """
 
     reader: Reader
     joiner: Joiner
@@ -172,6 +176,7 @@ class Parts:
     outbox: Outbox
     epoch: int
     budgets: Mapping[str, float]
+    originals: Callable[[Sequence[str]], Sequence[Record]] | None = None
 
 
 class LearnerApp:
@@ -217,6 +222,11 @@ class LearnerApp:
         """The wired parts; there once the app has started."""
         assert self._parts is not None
         return self._parts
+
+    @property
+    def opened(self) -> bool:
+        """Whether the parts are there."""
+        return self._opened.is_set()
 
     @property
     def metrics(self) -> Metrics:
@@ -434,15 +444,30 @@ class LearnerApp:
         """Do what is asked, or say why not; either way the audit topic is told."""
         await self._opened.wait()
         loop = asyncio.get_running_loop()
-        answer: ControlAnswer = await loop.run_in_executor(self._learning, self._act, request)
+        # Read while learning goes on; what is then sent again leaves like everything, through the outbox.
+        again = await loop.run_in_executor(None, self._letters, request)
+        answer: ControlAnswer = await loop.run_in_executor(self._learning, self._act, request, again)
         return answer
 
-    def _act(self, request: ControlRequest) -> ControlAnswer:
+    def _letters(self, request: ControlRequest) -> Sequence[Record] | Refused:
+        if request.action != "replay":
+            return ()
+        if self.parts.originals is None:
+            return Refused("this learner cannot read dead letters")
+        try:
+            return self.parts.originals(request.letters)
+        except Refused as refusal:
+            return refusal
+        except TrimtabError as error:
+            return Refused(str(error))
+
+    def _act(self, request: ControlRequest, again: Sequence[Record] | Refused) -> ControlAnswer:
         erasure = Erasure("", (), ())
         try:
             if request.action == "forget":
                 erasure = self._forget(request)
-            accepted, message = True, erasure.message or self._do(request)
+            message = self._send_again(again) if request.action == "replay" else erasure.message or self._do(request)
+            accepted = True
         except (Refused, BrokenVersion) as refusal:
             accepted, message = False, str(refusal)
         answer = ControlAnswer(
@@ -468,6 +493,15 @@ class LearnerApp:
             raise Refused(f"stream {stream!r} is not configured (known: {', '.join(sorted(self.parts.learners))})")
         return learner
 
+    def _send_again(self, again: Sequence[Record] | Refused) -> str:
+        if isinstance(again, Refused):
+            raise again
+        messages = [Outgoing(one.topic, one.key, one.value, tuple(one.headers)) for one in again]
+        with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
+            tx.send(messages)
+        where = ", ".join(sorted({one.topic for one in again}))
+        return f"{len(messages)} message{'' if len(messages) == 1 else 's'} sent again, to {where}"
+
     def _forget(self, request: ControlRequest) -> Erasure:
         learner = self._learner(request.stream)
         if not request.event_ids:
@@ -486,6 +520,9 @@ class LearnerApp:
             case "resume":
                 learner.resume(now)
                 return f"{learner.serving.name} is in service and follows the labels"
+            case "label":
+                said, by = str(request.label), request.who or "by hand"
+                return parts.curator.label(request.stream, dict.fromkeys(request.event_ids), said, by)
             case "release" | "drop":
                 assert request.held is not None
                 held = Held(**request.held.model_dump(exclude={"all"}))
@@ -500,6 +537,7 @@ class LearnerApp:
 
     def _put_in_service(self, request: ControlRequest, learner: OnlineLearner, now: datetime) -> str:
         parts = self.parts
+        self._nothing_changed(request, learner)
         name = request.version or self._predecessor(request.stream, learner)
         if "." in name:
             if request.action == "promote":
@@ -523,6 +561,13 @@ class LearnerApp:
         if outcome == "promoted":
             self.metrics.last_promotion.labels(request.stream).set(now.timestamp())
         return f"{learner.serving.name} is in service"
+
+    def _nothing_changed(self, request: ControlRequest, learner: OnlineLearner) -> None:
+        if request.seen is None or request.seen.partition(".")[0] == learner.version:
+            return
+        reign = self.parts.store.champion(request.stream)
+        since = f" since {reign.at:%H:%M:%S} UTC ({reign.cause})" if reign else ""
+        raise Refused(f"{learner.version} is in service{since}, and no longer {request.seen}; look again, then ask")
 
     def _predecessor(self, stream: str, learner: OnlineLearner) -> str:
         for reign in self.parts.store.champions(stream):
@@ -684,10 +729,17 @@ class LearnerApp:
                 # A browser sends no such type across sites without asking first, so a foreign page cannot act.
                 if request.content_type != "application/json":
                     return shell.json(self, {"error": "send application/json"}, 415)
+                foreign = shell.foreign(request)
+                if foreign:
+                    return shell.json(self, {"error": foreign}, 403)
                 if not shell.authorised(request):
                     return shell.json(self, {"error": "the bearer token is missing or wrong"}, 401)
+                sent = await shell.body(request)
+                if sent is None:
+                    most = f"more than {MOST_BODY // 1024} KiB were sent; nothing that is asked for is so long"
+                    return shell.json(self, {"error": most}, 413)
                 try:
-                    body = json.loads(await request.text() or "{}")
+                    body = json.loads(sent or "{}")
                     asked = ControlRequest.model_validate({**body, "action": what, "stream": stream})
                 except (ValueError, TypeError, RecursionError) as error:
                     return shell.json(self, {"error": str(error)}, 400)

@@ -13,10 +13,19 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from uuid import uuid4
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from stream.errors import Misconfigured, TrimtabError
 from stream.events import EventId, utc_now
@@ -25,7 +34,23 @@ SIGNATURE = "trimtab-signature"
 FRESH = timedelta(minutes=5)
 REMEMBERED = 10_000
 
-Action = Literal["retrain", "promote", "rollback", "pause", "resume", "forget", "release", "drop", "rename", "merge"]
+Action = Literal[
+    "retrain",
+    "promote",
+    "rollback",
+    "pause",
+    "resume",
+    "forget",
+    "label",
+    "release",
+    "drop",
+    "rename",
+    "merge",
+    "replay",
+]
+
+
+LetterPlace = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}:[0-9]{1,18}$")]
 
 
 class Refused(TrimtabError):
@@ -80,11 +105,14 @@ class ControlRequest(BaseModel):
 
     Args:
         action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning,
-            `forget` events, `release` labels from quarantine or `drop` them, `rename` a class or `merge` it into
-            another.
-        stream: which stream.
+            `forget` events, `label` events, `release` labels from quarantine or `drop` them, `rename` a class or
+            `merge` it into another, `replay` dead letters.
+        stream: which stream; for replay whichever the dead letters name.
         version: for promote and rollback: `v12`, or `v12.3456` for an exact revision.
-        event_ids: for forget.
+        seen: for promote and rollback: what was in service when it was asked; refused where another version is by now.
+        event_ids: for forget and label.
+        label: for label: what the events are.
+        letters: for replay: places on the topic of dead letters, `PARTITION:OFFSET`.
         held: for release and drop.
         old: for rename and merge: the name that goes.
         new: for rename and merge: the name that stands for it.
@@ -99,7 +127,10 @@ class ControlRequest(BaseModel):
     action: Action
     stream: str = Field(min_length=1, max_length=100)
     version: str | None = Field(default=None, pattern=r"^v[0-9]{1,9}(\.[0-9]{1,12})?$")
+    seen: str | None = Field(default=None, pattern=r"^v[0-9]{1,9}(\.[0-9]{1,12})?$")
     event_ids: tuple[EventId, ...] = Field(default=(), max_length=40)
+    label: str | None = Field(default=None, max_length=500)
+    letters: tuple[LetterPlace, ...] = Field(default=(), max_length=100)
     held: HeldLabels | None = None
     old: str | None = Field(default=None, max_length=500)
     new: str | None = Field(default=None, max_length=500)
@@ -114,6 +145,10 @@ class ControlRequest(BaseModel):
             raise ValueError(f"{self.action} needs held, which says which labels")
         if self.action in ("rename", "merge") and not (self.old and self.new):
             raise ValueError(f"{self.action} needs old and new")
+        if self.action == "label" and not (self.event_ids and self.label):
+            raise ValueError("label needs event_ids and label")
+        if self.action == "replay" and not self.letters:
+            raise ValueError("replay needs letters, which says which dead letters")
         return self
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from datetime import datetime
 
@@ -27,9 +27,9 @@ from learner.names import Alike, alike
 from learner.online import HeldOut, OnlineLearner
 from learner.trust import Claim, Review, Standing, Suspect, TrustSettings, review
 from monitoring.metrics import Metrics
-from replay.store import Claimed, Doubt, Held, LearnerStore, Quarantined, Transaction
+from replay.store import Claimed, Doubt, Held, LearnerStore, Outgoing, Quarantined, Transaction
 from stream.errors import DeadLetter
-from stream.events import Label, Place, class_name
+from stream.events import Label, Place, class_name, encode
 from stream.join import Known, Labelled, join, settle, touched
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,33 @@ class Curator:
 
     def _place(self, row: Labelled) -> Place:
         return Place(topic=self._topic, partition=row.at[0], offset=row.at[1])
+
+    # By hand
+
+    def label(self, stream: str, event_ids: Collection[str], name: str, labeller: str) -> str:
+        """Say what events are, as `labeller`: by messages on the topic of labels, like everybody's.
+
+        So it is learned, corrected and withdrawn like any label, and whoever reads the topic sees it too. What is
+        answered names no event, because the audit keeps it for longer than the event.
+        """
+        now = self._clock()
+        try:
+            name = self._joiner.name_now(stream, class_name(name))
+        except DeadLetter as refusal:
+            raise Refused(f"label: {refusal.detail}") from None
+        closed = self._joiner.closed_labels(stream)
+        if closed is not None and name not in closed:
+            raise Refused(f"stream {stream!r} takes only its own labels: {', '.join(sorted(closed))}")
+        labels = [
+            Label(event_id=event_id, stream=stream, label=name, labeller=labeller, labelled_at=now)
+            for event_id in event_ids
+        ]
+        messages = [Outgoing(self._topic, one.event_id.encode(), encode(one)) for one in labels]
+        known = self._store.known({(stream, event_id) for event_id in event_ids})
+        self._joiner.apply(settle(Known(), {}), now, lambda tx: tx.send(messages))
+        unknown = len({*event_ids} - {event_id for _, event_id in known.served})
+        waits = f"; of {unknown} no answer is known yet, and its label waits for it" if unknown else ""
+        return f"{len(labels)} event{'' if len(labels) == 1 else 's'} labelled {name!r} by {labeller}{waits}"
 
     # Quarantine
 

@@ -30,7 +30,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Any
@@ -902,6 +902,10 @@ class LearnerStore:
                     for event in ids
                 ],
             )
+
+    def read(self) -> AbstractContextManager[sa.Connection]:
+        """One state of the whole database, to query; for readers of this room."""
+        return self._read()
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:

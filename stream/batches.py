@@ -488,6 +488,24 @@ class TopicTail:
                 raise RetryLater(f"topic {self.topic!r} could not be read to its end within {timeout:.0f} s")
         return count
 
+    def begin(self, newest: int, timeout: float = 5.0) -> None:
+        """Read on from `newest` records before the end of each partition; nothing is waited for.
+
+        Raises:
+            RetryLater: the broker or the topic could not be asked within `timeout` seconds.
+        """
+        starts = []
+        for partition in self._partitions(timeout):
+            where = TopicPartition(self.topic, partition)
+            try:
+                low, high = self._consumer.get_watermark_offsets(where, timeout=timeout)
+            except KafkaException as error:
+                raise RetryLater(f"topic {self.topic!r}: {error.args[0].str()}") from error
+            # Not every broker tells the true end here: one that is too high is out of range, and the log's beginning
+            # is taken then.
+            starts.append(TopicPartition(self.topic, partition, max(low, high - newest)))
+        self._consumer.assign(starts)
+
     def poll(self, timeout: float) -> list[Record]:
         """Records that came within `timeout` seconds."""
         records = []

@@ -23,7 +23,7 @@ import tempfile
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import faust
 from faust.app.base import BootStrategy
@@ -36,6 +36,8 @@ from stream.kafka import KafkaSettings
 logger = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+MOST_BODY = 64 * 1024
+"""Bytes of a request's body: nothing that is asked for is longer."""
 
 
 class HttpSettings(BaseModel):
@@ -47,6 +49,11 @@ class HttpSettings(BaseModel):
     port: int = Field(default=0, ge=0, le=65535, description="Port to listen on; 0 picks a free one and logs it.")
     token: SecretStr | None = Field(default=None, description="Bearer token for control calls; never logged.")
     token_file: Path | None = Field(default=None, description="File that holds the token.")
+    names: tuple[Annotated[str, Field(min_length=1, max_length=253)], ...] = Field(
+        default=(),
+        max_length=100,
+        description="Names beside loopback's under which browsers reach a loopback address, as through a proxy.",
+    )
 
     def secret(self) -> str | None:
         """The bearer token, from the file when one is named.
@@ -146,6 +153,35 @@ class Shell:
             return True
         given = request.headers.get("Authorization", "").removeprefix("Bearer ").strip()
         return hmac.compare_digest(given.encode(), self.token.encode())
+
+    def foreign(self, request: Any) -> str | None:
+        """Why a browser's request is not from a page of this very process; None where it may be.
+
+        A token stops a foreign page, which does not know it. On loopback there may be none, and the browser of whoever
+        sits there reaches it: from a page of another site (`Origin`, `Sec-Fetch-Site`), or of a name that was made to
+        point here after its page was loaded (`Host`).
+        """
+        host = request.headers.get("Host", "")
+        name = (host.rpartition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]).lower()
+        if self.http.host in LOOPBACK and name not in LOOPBACK and name not in self.http.names:
+            return f"{name[:100]!r} is no name of this address; add it to http.names if it is meant"
+        origin = request.headers.get("Origin")
+        # A proxy may have told us another Host than the browser was told; its name is then one of the settings'.
+        known = origin is None or origin.partition("://")[2].partition(":")[0] in self.http.names
+        if not known and origin not in (f"http://{host}", f"https://{host}"):
+            return "the request comes from a page of another site"
+        if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+            return "the request comes from a page of another site"
+        return None
+
+    async def body(self, request: Any) -> bytes | None:
+        """What a request carries; None where that is more than `MOST_BODY`."""
+        read = bytearray()
+        async for chunk in request.content.iter_chunked(16 * 1024):
+            read += chunk
+            if len(read) > MOST_BODY:
+                return None
+        return bytes(read)
 
     def json(self, view: Any, body: object, status: int = 200) -> Any:
         """An HTTP answer as JSON."""

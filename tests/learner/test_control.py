@@ -78,3 +78,20 @@ def test_the_secret_may_lie_in_a_file(tmp_path: Path) -> None:
     file.write_bytes(KEY + b"\n")
     value = encode(ControlRequest(action="retrain", stream="notes"))
     assert gate(secret_file=str(file)).admit(value, signed(value))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"action": "label", "event_ids": ["e1"]},
+        {"action": "label", "label": "power"},
+        {"action": "replay"},
+        {"action": "replay", "letters": ["../2"]},
+        {"action": "replay", "letters": ["0:1"] * 101},
+        {"action": "rollback", "seen": "the last one"},
+    ],
+)
+def test_a_request_that_does_not_say_what_it_means_is_refused(fields: dict[str, object]) -> None:
+    """Half a request must not be carried out by a guess."""
+    with pytest.raises(ValueError, match=r"needs|pattern|at most"):
+        ControlRequest.model_validate({"stream": "notes", **fields})

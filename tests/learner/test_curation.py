@@ -15,6 +15,7 @@ from learner.control import Refused
 from learner.curation import BURST, UNTRUSTED
 from learner.trust import TrustSettings
 from replay.store import Held
+from stream.events import Record
 from tests.learner.desk import STREAM, Desk
 
 CLASSES = [f"class {letter}" for letter in "abcdef"]
@@ -195,6 +196,27 @@ def test_the_page_says_what_waits_and_how_labellers_stand(desk: Callable[..., De
     alike = {row["class"]: row["alike"] for row in LearnerApp._classes(app, STREAM)}
     assert alike["class a"] == ["Class A"]
     assert alike["class b"] == []
+
+
+# By hand
+
+
+def test_a_label_given_by_hand_is_a_label_like_any_other(desk: Callable[..., Desk]) -> None:
+    """It goes by the topic, so that whoever reads labels sees it, and it is learned, corrected and forgotten alike."""
+    one = desk()
+    first, second = one.event("class a", "class b"), one.event("class a")
+    one.step([first, second])
+    message = one.curator.label(STREAM, [first.event_id, "e99"], "  class a ", "ada")
+    assert message == "2 events labelled 'class a' by ada; of 1 no answer is known yet, and its label waits for it"
+    assert one.learned() == {}, "nothing is learned but what was read from the topic"
+    sent = [out for out in one.store.outbox() if out.topic == "labels"]
+    assert [out.key for out in sent] == [b"e0", b"e99"]
+    one.step([Record("labels", 0, offset, out.key, out.value) for offset, out in enumerate(sent)])
+    assert one.learned() == {first.event_id: "class a"}
+    assert one.store.scores(STREAM)[0].label == "class a"
+    for wrong in ("x" * 129, "a\nb", " "):
+        with pytest.raises(Refused, match="label"):
+            one.curator.label(STREAM, [second.event_id], wrong, "ada")
 
 
 # Names

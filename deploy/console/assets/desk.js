@@ -1,0 +1,319 @@
+// What the page asks for: one dialog for what may be regretted, the desk where labels are given, quarantine, dead letters.
+
+import { act, letters, page, read, token } from "./api.js";
+import { html, useEffect, useRef, useState } from "./preact.js";
+import { ago, clock, many } from "./words.js";
+
+const LONGEST = 128;
+const WHO = "trimtab-who";
+
+export const who = () => localStorage.getItem(WHO) || "";
+
+/** Why a class name cannot be sent; null where it can. */
+export function wrongLabel(label) {
+  const length = [...label.trim()].length;
+  if (!length) return "Type a class, or pick one.";
+  if (length > LONGEST) return `A class has at most ${LONGEST} characters, and this has ${length.toLocaleString("en")}. Nothing was sent.`;
+  return null;
+}
+
+/** A paste that no field here takes is refused before the browser lays it out. */
+export const bounded = (most, told) => (event) => {
+  const text = event.clipboardData?.getData("text") ?? "";
+  if (text.length > most) {
+    event.preventDefault();
+    told(`${text.length.toLocaleString("en")} characters were pasted, and this field takes ${most.toLocaleString("en")}. Nothing was taken over.`);
+  }
+};
+
+/** Asks once, with who and why for the audit. `ask`: {title, says, verb, danger, force, run({who, reason, force})}. */
+export function Ask({ ask, close, done }) {
+  const dialog = useRef();
+  const [busy, setBusy] = useState(false);
+  const [wrong, setWrong] = useState("");
+  const [force, setForce] = useState(false);
+  useEffect(() => {
+    dialog.current.showModal();
+  }, []);
+  const send = async (event) => {
+    event.preventDefault();
+    const form = new FormData(event.target);
+    const name = form.get("who").trim();
+    localStorage.setItem(WHO, name);
+    setBusy(true);
+    try {
+      const answer = await ask.run({ who: name, reason: form.get("reason").trim(), ...(ask.force ? { force } : {}) });
+      done(answer.accepted, answer.message);
+      close();
+    } catch (error) {
+      setWrong(error.message);
+      setBusy(false);
+    }
+  };
+  return html`<dialog ref=${dialog} onClose=${close} aria-labelledby="ask-title">
+    <form onSubmit=${send}>
+      <h2 id="ask-title">${ask.title}</h2>
+      <p>${ask.says}</p>
+      ${ask.force && html`<label class="check"><input type="checkbox" checked=${force} onChange=${(e) => setForce(e.target.checked)} /> ${ask.force}</label>`}
+      <label>Why <input name="reason" maxlength="1000" autocomplete="off" autofocus onPaste=${bounded(1000, setWrong)} /></label>
+      <label>Who asks <input name="who" maxlength="200" value=${who()} autocomplete="name" onPaste=${bounded(200, setWrong)} /></label>
+      <p class="dim">Both are kept on the topic audit.</p>
+      ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
+      <p class="row">
+        <button type="submit" class=${ask.danger ? "danger" : "main"} disabled=${busy || (ask.force && !force)}>${busy ? "Asking…" : ask.verb}</button>
+        <button type="button" onClick=${close}>Cancel</button>
+      </p>
+    </form>
+  </dialog>`;
+}
+
+/** Where the token is given: kept in this tab only, and sent with every question. */
+export function Token({ close, done }) {
+  const dialog = useRef();
+  const [wrong, setWrong] = useState("");
+  useEffect(() => {
+    dialog.current.showModal();
+  }, []);
+  const send = async (event) => {
+    event.preventDefault();
+    const before = token.get();
+    try {
+      const given = new FormData(event.target).get("token").trim();
+      if (!/^[\x21-\x7e]{1,4096}$/.test(given)) throw new Error("That is no token: it has spaces, or characters that no header may carry.");
+      token.set(given);
+      if (!(await read("who")).authorised) throw new Error("That is not the token. It is in the file that learner.http.token_file names.");
+      done(true, "The token is right: this tab may act until it is closed.");
+      close();
+    } catch (error) {
+      token.set(before);
+      setWrong(error.message);
+    }
+  };
+  return html`<dialog ref=${dialog} onClose=${close} aria-labelledby="token-title">
+    <form onSubmit=${send}>
+      <h2 id="token-title">Token</h2>
+      <label>Bearer token <input name="token" type="password" autocomplete="current-password" autofocus onPaste=${bounded(4096, setWrong)} /></label>
+      <p class="dim">Kept in this tab until it is closed.</p>
+      ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
+      <p class="row"><button type="submit" class="main">Use it</button><button type="button" onClick=${close}>Cancel</button></p>
+    </form>
+  </dialog>`;
+}
+
+/** Labels by hand: the newest unlabelled event, or one by its id; pick or type a class, and Enter goes to the next. */
+export function Labelling({ stream, names, closed, tell, locked }) {
+  const [queue, setQueue] = useState(null);
+  const [wanted, setWanted] = useState("");
+  const [event, setEvent] = useState(null);
+  const [wrong, setWrong] = useState("");
+  const field = useRef();
+  const skipped = useRef(new Set());
+  const look = async (id) => {
+    setWrong("");
+    try {
+      setEvent(await read("event", stream, id));
+      setWanted(id);
+    } catch (error) {
+      setEvent(null);
+      setWrong(error.message);
+    }
+  };
+  const next = async () => {
+    try {
+      const waiting = (await read("unlabelled", stream)).filter((one) => !skipped.current.has(one.event_id));
+      setQueue(waiting);
+      if (waiting.length) await look(waiting[0].event_id);
+      else setEvent(null);
+    } catch (error) {
+      setWrong(error.message);
+    }
+  };
+  useEffect(() => {
+    skipped.current.clear();
+    setEvent(null);
+    if (!locked) next();
+  }, [stream, locked]);
+  // Once the event is drawn: what is typed next is its class.
+  useEffect(() => {
+    field.current?.focus();
+  }, [event]);
+  const send = async (submitted) => {
+    submitted.preventDefault();
+    const label = field.current.value;
+    const refused = wrongLabel(label);
+    if (refused) {
+      setWrong(refused);
+      return;
+    }
+    try {
+      const answer = await act(stream, "label", { event_ids: [event.event_id], label: label.trim(), who: who() || "console" });
+      tell(answer.accepted, answer.message);
+      if (!answer.accepted) {
+        setWrong(answer.message);
+        return;
+      }
+      field.current.value = "";
+      skipped.current.add(event.event_id);
+      await next();
+    } catch (error) {
+      setWrong(error.message);
+    }
+  };
+  const pass = () => {
+    skipped.current.add(event.event_id);
+    next();
+  };
+  return html`<section aria-labelledby="label-title">
+    <h2 id="label-title">Label an event</h2>
+    ${locked
+      ? html`<p class="empty">Give the token first: what is in an event is shown to those only who may act.</p>`
+      : html`<form class="row" onSubmit=${(e) => (e.preventDefault(), wanted.trim() && look(wanted.trim()))}>
+            <label>Event id <input value=${wanted} onInput=${(e) => setWanted(e.target.value)} onPaste=${bounded(200, setWrong)} autocomplete="off" spellcheck=${false} /></label>
+            <button type="submit">Look</button>
+            <button type="button" onClick=${next}>Newest without a label</button>
+          </form>
+          ${event &&
+          html`<article class="event">
+            <h3>${event.event_id}</h3>
+            ${event.content != null ? html`<pre tabindex="0" aria-label="The event">${event.content}</pre>` : html`<p class="empty">${event.why}</p>`}
+            <p>
+              ${event.answered
+                ? html`Answered <b>${event.answered.label ?? "nothing"}</b> by ${event.answered.version} at ${clock(event.answered.at)}; it lies at ${event.answered.place}.`
+                : "Not answered yet."}
+              ${event.said.map((one) => html`<br />${one.labeller} said <b>${one.label ?? "nothing (withdrawn)"}</b> at ${clock(one.at)}.`)}
+            </p>
+            <form class="row" onSubmit=${send}>
+              <label>Its class <input ref=${field} list="classes" autocomplete="off" spellcheck=${false} onPaste=${bounded(10_000, setWrong)} /></label>
+              <datalist id="classes">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
+              <button type="submit" class="main">Label it (Enter)</button>
+              <button type="button" onClick=${pass}>Skip</button>
+            </form>
+            <p class="dim">${closed ? "This stream takes only the classes of its settings." : "A name that is not in the list is a new class."} To correct a label, send another.</p>
+          </article>`}
+          ${!event && queue && !queue.length && !wrong && html`<p class="empty">Every event that was answered lately has a label. Give an event's id to look at it.</p>`}`}
+    ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
+  </section>`;
+}
+
+export function Quarantine({ stream, ask, locked, stamp }) {
+  const [found, setFound] = useState(null);
+  const [chosen, setChosen] = useState([]);
+  const [wrong, setWrong] = useState("");
+  const load = () =>
+    page(stream, "quarantine", { limit: 100 }).then(
+      (answer) => (setFound(answer), setWrong("")),
+      (error) => setWrong(error.message),
+    );
+  useEffect(() => {
+    setChosen([]);
+    load();
+  }, [stream, stamp]);
+  const held = { ids: chosen };
+  const some = many(chosen.length, "label");
+  const release = () =>
+    ask({
+      title: `Release ${some}`,
+      says: "They are learned like new labels, and not asked about again.",
+      verb: `Release ${some}`,
+      run: (given) => act(stream, "release", { held, ...given }),
+    });
+  const drop = () =>
+    ask({
+      title: `Drop ${some}`,
+      says: "This cannot be undone: they are deleted, and learned only if they are sent again.",
+      verb: `Drop ${some}`,
+      danger: true,
+      run: (given) => act(stream, "drop", { held, ...given }),
+    });
+  const turn = (id) => setChosen(chosen.includes(id) ? chosen.filter((one) => one !== id) : [...chosen, id]);
+  return html`<section aria-labelledby="quarantine-title">
+    <h2 id="quarantine-title">Quarantine</h2>
+    ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
+    ${found &&
+    (found.labels.length
+      ? html`<div class="scroll" tabindex="0" role="region" aria-label="Labels in quarantine">
+            <table>
+              <thead><tr><th scope="col">Choose</th><th scope="col">Event</th><th scope="col">Label</th><th scope="col">Labeller</th><th scope="col">Why</th></tr></thead>
+              <tbody>
+                ${found.labels.map(
+                  (one) => html`<tr>
+                    <td><input type="checkbox" aria-label=${`Choose label ${one.id}`} checked=${chosen.includes(one.id)} onChange=${() => turn(one.id)} /></td>
+                    <td>${one.event_id}</td><td>${one.label}</td><td>${one.labeller}</td><td>${one.reason} ${one.detail}</td>
+                  </tr>`,
+                )}
+              </tbody>
+            </table>
+          </div>
+          <p class="row">
+            <button onClick=${() => setChosen(chosen.length ? [] : found.labels.map((one) => one.id))}>${chosen.length ? "Choose none" : "Choose all shown"}</button>
+            <button class="main" disabled=${!chosen.length || locked} onClick=${release}>Release</button>
+            <button class="danger" disabled=${!chosen.length || locked} onClick=${drop}>Drop</button>
+          </p>`
+      : html`<p class="empty">Nothing is set aside. Labels come here when new classes come faster than the settings allow, or when their labeller is not believed.</p>`)}
+  </section>`;
+}
+
+export function Letters({ ask, locked, stamp, now }) {
+  const [found, setFound] = useState(null);
+  const [reason, setReason] = useState("");
+  const [open, setOpen] = useState(null);
+  const [wrong, setWrong] = useState("");
+  useEffect(() => {
+    const load = () =>
+      letters(reason).then(
+        (answer) => (setFound(answer), setWrong("")),
+        (error) => setWrong(error.message),
+      );
+    load();
+    const timer = setInterval(load, 5000);
+    return () => clearInterval(timer);
+  }, [reason, stamp]);
+  const look = (place) =>
+    read("letter", place).then(
+      (answer) => (setOpen(answer), setWrong("")),
+      (error) => setWrong(error.message),
+    );
+  const again = (one) =>
+    ask({
+      title: `Send ${one.event_id || one.place} again`,
+      says: `The original message goes to the topic that it came from (${one.first || "unknown"}). Mend the producer or the settings first, or it comes back. The dead letter stays where it is.`,
+      verb: "Send it again",
+      run: (given) => act("dead-letters", "replay", { letters: [one.place], ...given }),
+    });
+  return html`<section aria-labelledby="letters-title">
+    <h1 id="letters-title">Dead letters</h1>
+    ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
+    ${found?.trouble && html`<p class="wrong" role="alert">${found.trouble}</p>`}
+    ${found &&
+    (Object.keys(found.reasons).length
+      ? html`<p class="row">
+            <label>Reason
+              <select value=${reason} onChange=${(e) => setReason(e.target.value)}>
+                <option value="">all</option>
+                ${Object.entries(found.reasons).map(([name, count]) => html`<option value=${name}>${name} (${count})</option>`)}
+              </select>
+            </label>
+          </p>
+          ${open &&
+          html`<article class="event">
+            <h2>Dead letter ${open.place}</h2>
+            <p><b>${open.reason}</b>${open.field && html`, field <code>${open.field}</code>`}: ${open.detail}</p>
+            <pre tabindex="0" aria-label="The message as it was">${open.content ?? "It was too large to be copied; its bytes lie at its first place."}</pre>
+            <p class="row"><button class="main" disabled=${locked} onClick=${() => again(open)}>Send it again</button><button onClick=${() => setOpen(null)}>Close</button></p>
+          </article>`}
+          <div class="scroll" tabindex="0" role="region" aria-label="Newest dead letters">
+            <table>
+              <thead><tr><th scope="col">When</th><th scope="col">Reason</th><th scope="col">Event</th><th scope="col">What</th><th scope="col">Place</th></tr></thead>
+              <tbody>
+                ${found.letters.map(
+                  (one) => html`<tr>
+                    <td>${one.at ? ago(Date.parse(one.at) / 1000, now) : "–"}</td><td>${one.reason}</td><td>${one.event_id}</td><td>${one.field} ${one.detail}</td>
+                    <td><button disabled=${locked} onClick=${() => look(one.place)}>Look at ${one.place}</button></td>
+                  </tr>`,
+                )}
+              </tbody>
+            </table>
+          </div>`
+      : html`<p class="empty">There are none. What a worker or the learner cannot use is kept here whole, with the reason.</p>`)}
+  </section>`;
+}
