@@ -297,7 +297,8 @@ class Trainer:
         for run in self._store.runs(stream, states={"promoted", "refused"}, limit=RECENT):
             exam = run.detail.get("exam")
             if exam and run.started_at and run.finished_at:
-                past.append(PastRun(**exam, seconds=(run.finished_at - run.started_at).total_seconds()))
+                lasted = (run.finished_at - run.started_at).total_seconds()
+                past.append(PastRun(**{"seconds": lasted, **exam}))
         right, total = (sum(column) for column in zip(*recalls.values(), strict=True)) if recalls else (0, 0)
         overall = 1.0 - right / total if total else 1.0
         classes = {}
@@ -607,7 +608,8 @@ class Trainer:
             detail: dict[str, Any] = {"version": name, "reasons": reasons}
             if verdict.n:
                 accuracies = {"champion": verdict.champion_accuracy, "candidate": verdict.candidate_accuracy}
-                detail["exam"] = {**course.sizes, **accuracies}
+                seconds = round(time.monotonic() - course.begun_at, 3)
+                detail["exam"] = {**course.sizes, **accuracies, "seconds": seconds}
             tx.update_run(run, state=state, finished=True, detail=detail)
             if state == "refused":
                 tx.unmark_trained(run)  # no version that may serve has seen them: the next run takes them as new

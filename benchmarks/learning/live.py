@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from deploy.settings import Settings
 from deploy.wiring import build_learning
+from learner.app import RECALL_WINDOW
 from learner.encoders import Encoder, Payload
 from learner.online import EncoderShelf
 from learner.registry import Registry
@@ -324,6 +325,7 @@ class Live:
             **{f"fine_tunes_{state}": count for state, count in sorted(states.items())},
             "cut_short": sum(summary.get("ended") == "max_seconds" for summary in summaries),
             "epochs": round(float(np.mean([summary["epochs"] for summary in summaries])), 1) if summaries else 0,
+            "updates": sum(summary.get("updates", 0) for summary in summaries),
             "training_seconds": round(sum(summary.get("train_seconds", 0.0) for summary in summaries), 1),
             "steps_with_a_revision_held": self.held,
             "quarantined": len(self.learning.store.quarantined(STREAM, limit=1_000_000)),
@@ -352,6 +354,14 @@ class Live:
         if self._finetune:
             for stream, count in learned.items():
                 self.learning.trainer.learned(stream, count)
+            if self.settings.triggers.gain is not None:
+                self.learning.trainer.watch(
+                    STREAM,
+                    drifting=False,
+                    worst_forgetting=0.0,
+                    budget=1.0,
+                    recalls=self.learning.store.recalls(STREAM, last=RECALL_WINDOW),
+                )
             self._fine_tune()
 
     def _encoder(self, digest: str) -> Encoder:
