@@ -55,6 +55,7 @@ class Deployment:
             "worker": {"http": {"port": self.worker_port}, "threads": 1, "session_seconds": 6},
             "learner": {
                 "store": f"sqlite:///{directory}/learner.db",
+                "lease_seconds": 3,
                 "jobs": str(directory / "jobs"),
                 "http": {"port": self.learner_port},
                 "threads": 1,
