@@ -66,6 +66,7 @@ class Deployment:
         }
         for block, values in (overrides or {}).items():
             blocks[block] = _merge(blocks.get(block, {}), values)
+        self.store_url: str = blocks["learner"]["store"]
         self.settings = directory / "trimtab.yaml"
         self.settings.write_text(yaml.safe_dump(blocks))
         create_topics(KafkaSettings(**blocks["kafka"]), self.topics)

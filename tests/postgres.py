@@ -38,11 +38,15 @@ class PostgresFailed(Exception):
 class PostgresServer:
     """One server on a free port of 127.0.0.1, whose files go when it is stopped.
 
+    Args:
+        safe: flush to the disk as it does where it is installed; a test kills the server and not the machine.
+
     Raises:
         PostgresUnavailable: from the constructor, when its programs are not here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, safe: bool = False) -> None:
+        self._safe = safe
         self._programs = {name: _program(name) for name in ("initdb", "postgres")}
         self._identity = _identity()
         # Not below pytest's own folder, which only its owner may enter.
@@ -59,16 +63,9 @@ class PostgresServer:
         data, log = self.directory / "data", self.directory / "log"
         if not data.exists():
             self._create(data)
-        # No flush to the disk: what a test kills is the server, not the machine.
-        options = {
-            "listen_addresses": "127.0.0.1",
-            "port": self.port,
-            "unix_socket_directories": "",
-            "fsync": "off",
-            "full_page_writes": "off",
-            "max_connections": 60,
-            "shared_buffers": "64MB",
-        }
+        options = {"listen_addresses": "127.0.0.1", "port": self.port, "unix_socket_directories": ""}
+        if not self._safe:
+            options |= {"fsync": "off", "full_page_writes": "off", "shared_buffers": "64MB"}
         arguments = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
         with log.open("ab") as out:
             self._process = subprocess.Popen(

@@ -134,10 +134,15 @@ def test_a_broken_connection_is_met_like_a_broker_that_is_away(
     """Half of a batch must be nothing, and the next try begins on a new connection."""
     learner = Learner(stores[0])
     learner.step(batch_of(5))
-    with pytest.raises(RetryLater), stores[0].transaction(learner.epoch, NOW) as tx:
-        tx.send([Outgoing("audit", None, b"v")])
-        break_connections(postgres, stores[0])
-        tx.advance({("labels", 0): (None, 5)})
+
+    def half_a_batch() -> None:
+        with stores[0].transaction(learner.epoch, NOW) as tx:
+            tx.send([Outgoing("audit", None, b"v")])
+            break_connections(postgres, stores[0])
+            tx.advance({("labels", 0): (None, 5)})
+
+    with pytest.raises(RetryLater):
+        half_a_batch()
     assert stores[0].sizes()["outbox"] == 1
     break_connections(postgres, stores[0])
     with pytest.raises(RetryLater):
@@ -150,19 +155,23 @@ def test_a_broken_connection_is_met_like_a_broker_that_is_away(
 def test_locks_that_are_not_given_end_in_another_try(stores: tuple[LearnerStore, LearnerStore]) -> None:
     """A deadlock, a lock held by a person's own session, a query cancelled: none of them is the learner's end."""
     learner = Learner(stores[0])
+
+    def run(*statements: str) -> None:
+        with stores[0]._write() as connection:
+            for statement in statements:
+                connection.exec_driver_sql(statement)
+
     with stores[1]._write() as connection:
         connection.exec_driver_sql("SELECT * FROM owners FOR UPDATE")
-        with pytest.raises(RetryLater, match="lock timeout"), stores[0]._write() as other:
-            other.exec_driver_sql("SET LOCAL lock_timeout = '20ms'")
-            other.exec_driver_sql("SELECT * FROM owners FOR UPDATE")
+        with pytest.raises(RetryLater, match="lock timeout"):
+            run("SET LOCAL lock_timeout = '20ms'", "SELECT * FROM owners FOR UPDATE")
     for state in ("40001", "40P01", "57014", "53100"):
         with pytest.raises(RetryLater), stores[0].transaction(learner.epoch, NOW) as tx:
             tx._connection.exec_driver_sql(f"DO $$BEGIN RAISE SQLSTATE '{state}'; END$$")
-    with pytest.raises(RetryLater, match="read-only"), stores[0]._write() as connection:
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        connection.exec_driver_sql("DELETE FROM outbox")
-    with pytest.raises(sa.exc.ProgrammingError), stores[0]._write() as connection:
-        connection.exec_driver_sql("DELETE FROM no_such_table")
+    with pytest.raises(RetryLater, match="read-only"):
+        run("SET TRANSACTION READ ONLY", "DELETE FROM outbox")
+    with pytest.raises(sa.exc.ProgrammingError):
+        run("DELETE FROM no_such_table")
 
 
 def test_a_server_that_is_away_for_a_while() -> None:
