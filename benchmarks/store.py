@@ -261,6 +261,7 @@ def measure(kind: str, where: str, chosen: argparse.Namespace, say: Say) -> list
         for name, act in contests.items():
             spent = [act(chosen.messages) for _ in range(chosen.runs)]
             rates = [each.count / each.seconds for each in spent]
+            share = statistics.median(each.server / max(each.own + each.server, 1e-9) for each in spent)
             for metric, value, unit in (
                 ("per_second", statistics.median(rates), "messages/s"),
                 ("spread", (max(rates) - min(rates)) / statistics.median(rates), "of the median"),
@@ -298,7 +299,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="predictions that lie in the index before (default 1000000, quick 2000)",
     )
-    parser.add_argument("--messages", type=int, metavar="N", help="of each contest and run (default 40000, quick 2000)")
+    parser.add_argument("--messages", type=int, metavar="N", help="of each contest, run (default 40000, quick 2000)")
     chosen = parser.parse_args(arguments)
     chosen.entries = chosen.entries or (2_000 if chosen.quick else 1_000_000)
     chosen.messages = chosen.messages or (2_000 if chosen.quick else 40_000)

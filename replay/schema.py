@@ -17,11 +17,13 @@ event is forgotten it would come too late for the text that was let go a month b
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from operator import itemgetter
 from typing import Any, Self
 
 import sqlalchemy as sa
@@ -306,7 +308,7 @@ _CONNECTION = {
 }
 """What libpq is told, so that a server that has vanished is noticed within half a minute."""
 
-_SESSION = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=60s"
+_SESSION = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=30s"
 """As long as SQLite waits for a lock; and the locks of a learner that was stopped within a transaction are let go."""
 
 _CREATING = 7_462_137_001
@@ -434,14 +436,62 @@ def put(
     """
     if not rows:
         return
-    statement = _INSERTS[connection.dialect.name](table)
+    statement, names, processors = _insert(connection.dialect, table, tuple(rows[0]), update, combine)
+    take = itemgetter(*names) if len(names) > 1 else lambda row: (row[names[0]],)
+    values = [take(row) for row in rows]
+    if processors:
+        columns: list[Iterable[Any]] = list(zip(*values, strict=True))
+        for place, process in processors:
+            columns[place] = map(process, columns[place])
+        values = list(zip(*columns, strict=True))
+    # Past SQLAlchemy's own way from a row to a driver's, which costs as much as the database itself.
+    connection.exec_driver_sql(statement, values)
+
+
+_Process = Callable[[Any], Any]
+_Insert = tuple[str, tuple[str, ...], tuple[tuple[int, _Process], ...]]
+
+
+def _insert(
+    dialect: sa.Dialect,
+    table: sa.Table,
+    given: tuple[str, ...],
+    update: Iterable[str] | None,
+    combine: Mapping[str, Any] | None,
+) -> _Insert:
+    """The statement in the driver's own words, the columns in its order, and what some of them go through."""
+    changed = None if update is None else tuple(update)
+    key = (dialect.name, table.name, given, changed, tuple(combine or ()))
+    if key in _COMPILED:
+        return _COMPILED[key]
+    statement = _INSERTS[dialect.name](table).values({name: sa.bindparam(name) for name in given})
     keys = [column.name for column in table.primary_key]
-    given = [name for name in rows[0] if name not in keys] if update is None else list(update)
-    changes = {name: statement.excluded[name] for name in given}
+    changes = {
+        name: statement.excluded[name]
+        for name in ([name for name in given if name not in keys] if changed is None else changed)
+    }
     for name, combined in (combine or {}).items():
         changes[name] = combined(table.c[name], statement.excluded[name])
     if changes:
         statement = statement.on_conflict_do_update(index_elements=keys, set_=changes)
     else:
         statement = statement.on_conflict_do_nothing()
-    connection.execute(statement, list(rows))
+    # Parameters by their places, which both drivers take.
+    places = type(dialect)(paramstyle="format" if dialect.name == "postgresql" else "qmark")
+    compiled: Any = statement.compile(dialect=places)
+    names = tuple(compiled.positiontup)
+    types = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
+    made = str(compiled), names, tuple((place, process) for place, process in enumerate(types) if process is not None)
+    _COMPILED[key] = made
+    return made
+
+
+_COMPILED: dict[tuple[Any, ...], _Insert] = {}
+
+
+def among(connection: sa.Connection, column: sa.Column[Any], values: Collection[Any]) -> sa.ColumnElement[bool]:
+    """Whether the column has one of `values`: one parameter for all of them, however many there are."""
+    if connection.dialect.name == "postgresql":
+        return column == sa.any_(sa.bindparam(None, list(values), type_=postgresql.ARRAY(column.type)))
+    listed = sa.func.json_each(json.dumps(list(values))).table_valued("value")
+    return column.in_(sa.select(listed.c.value))

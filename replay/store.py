@@ -1641,8 +1641,7 @@ class Transaction:
                 raise RetryLater(f"stream {row.stream!r} has another encoder now; the events must be embedded again")
 
     def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if rows:
-            self._connection.execute(sa.insert(t.ledger), list(rows))
+        put(self._connection, t.ledger, rows, update=())
 
     def _name_classes(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Know these classes, and by how much their numbers of learned events change."""
@@ -1897,15 +1896,14 @@ def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _rows(
     connection: sa.Connection, table: sa.Table, keys: Iterable[EventKey], columns: Sequence[Any] | None = None
 ) -> Iterator[Any]:
-    """The rows of these events, a few statements for all of them; stream and event id come with them."""
+    """The rows of these events, a statement for each stream; stream and event id come with them."""
     streams: dict[str, list[str]] = {}
     for stream, event_id in sorted(set(keys)):
         streams.setdefault(stream, []).append(event_id)
     chosen = table.c if columns is None else (table.c.stream, table.c.event_id, *columns)
     for stream, event_ids in streams.items():
-        for chunk in _chunks(event_ids):
-            query = sa.select(*chosen).where(table.c.stream == stream, table.c.event_id.in_(chunk))
-            yield from connection.execute(query)
+        these = t.among(connection, table.c.event_id, event_ids)
+        yield from connection.execute(sa.select(*chosen).where(table.c.stream == stream, these))
 
 
 def _held(held: Held) -> list[Any]:
