@@ -2,8 +2,8 @@
 
 The learner that ships runs over telemetry streams of ``benchmarks.learning`` without Kafka. Each row is one policy:
 `never` fine-tunes, a run after every so many labels (`fixed`), and a run when it is expected to bring so many points of
-accuracy a minute of training (`gain`; see `learner.gain`). What a policy costs is counted in gradient steps of its runs,
-which do not depend on how busy the machine is; seconds stand beside them.
+accuracy a minute of training (`gain`; see `learner.gain`). What a policy costs is counted in gradient steps of its
+runs, which do not depend on how busy the machine is; seconds stand beside them.
 """
 
 from __future__ import annotations

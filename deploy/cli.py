@@ -1083,7 +1083,7 @@ def _from_store(settings: Settings, query: Any) -> list[Any] | None:
         with engine.connect() as connection:
             return list(connection.execute(query).all())
     except sa.exc.SQLAlchemyError as error:
-        raise Misconfigured(f"learner.store {engine.url!r} cannot be read: {error}") from None
+        raise Misconfigured(f"learner.store {url!r} cannot be read: {error}") from None
     finally:
         engine.dispose()
 

@@ -39,6 +39,7 @@ from learner.shadow import ShadowSettings
 from learner.trust import TrustSettings
 from monitoring.drift import DriftSettings
 from replay.policy import ReplaySettings
+from replay.schema import StoreUrl, masked
 from replay.store import StoreSettings
 from stream.batches import BatchSettings
 from stream.errors import DeadLetter, Misconfigured
@@ -154,10 +155,18 @@ class ConsoleSettings(_Block):
 
 
 class LearnerSettings(_Block):
-    """The process that has all the state there is; a second one on the same store takes over and ends the first."""
+    """The process that has all the state there is; a second one on the same store stands by."""
 
-    store: str = Field(
-        default="sqlite:///trimtab-data/learner.db", min_length=1, description="the database, as an SQLAlchemy URL"
+    store: StoreUrl = Field(
+        default=StoreUrl("sqlite:///trimtab-data/learner.db"),
+        description="the database, as an SQLAlchemy URL: sqlite:///FILE or postgresql+psycopg://USER@HOST/NAME",
+    )
+    lease_seconds: float = Field(
+        default=10.0,
+        ge=1,
+        le=3600,
+        allow_inf_nan=False,
+        description="a learner that gave no sign of life for so long is replaced by one that stands by, in seconds",
     )
     memory: StoreSettings = StoreSettings()
     group: str = Field(default="trimtab-learner", min_length=1, max_length=200, description="the consumer group")
@@ -598,7 +607,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _problem(error: ErrorDetails, variables: Mapping[tuple[str, ...], str]) -> str:
     """One of pydantic's findings as a line: the key's path, what was found, what is allowed."""
     place = _Place.of(error["loc"])
-    kind, found = error["type"], _shown(error["input"], place.secret)
+    kind, found = error["type"], _shown(_unsecret(error["input"]) if place.url else error["input"], place.secret)
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         key = place.keys[-1]
         near = get_close_matches(key, place.siblings, n=1)
@@ -644,6 +653,10 @@ def _allowed(message: str) -> str:
     return f"allowed {'are' if plural else 'is'} {wanted.replace(' or ', ', ') if plural else wanted}"
 
 
+def _unsecret(found: object) -> object:
+    return masked(found) if isinstance(found, str) else found
+
+
 def _shown(found: object, secret: bool) -> str:
     """What was found, as it may be shown: no secret, and no mapping or list, which may hold one."""
     if secret or found == MASK:
@@ -662,12 +675,13 @@ class _Place:
     Args:
         keys: the path as it is written in the file, without what pydantic adds for unions.
         siblings: the keys that are allowed beside the last one.
-        secret: whether the value there may be shown.
+        secret: whether the value there must not be shown.
+        url: whether it is a URL, which is shown without its password.
         is_key: whether the fault is in the name of the key itself.
     """
 
-    def __init__(self, keys: list[str], siblings: list[str], secret: bool, is_key: bool) -> None:
-        self.keys, self.siblings, self.secret, self.is_key = keys, siblings, secret, is_key
+    def __init__(self, keys: list[str], siblings: list[str], secret: bool, url: bool, is_key: bool) -> None:
+        self.keys, self.siblings, self.secret, self.url, self.is_key = keys, siblings, secret, url, is_key
 
     @property
     def path(self) -> str:
@@ -678,7 +692,7 @@ class _Place:
         """Follow a location of pydantic's down the settings' models."""
         keys: list[str] = []
         siblings: list[str] = []
-        secret = is_key = False
+        secret = url = is_key = False
         here: Any = Settings
         for part in loc:
             if part == "[key]":
@@ -700,10 +714,11 @@ class _Place:
                 inner = [typing.get_args(option)[-1] for option in options if typing.get_origin(option) is dict]
                 here = inner[0] if inner else None
             secret = any(option is SecretStr for option in _options(here))
+            url = any(option is StoreUrl for option in _options(here))
         # An error inside a union names the member that was tried, which is no key of the file.
         while len(keys) > 1 and keys[-1] in ("literal['minilm']", "path", "constrained-str", "int", "str"):
             keys.pop()
-        return cls(keys, siblings, secret, is_key)
+        return cls(keys, siblings, secret, url, is_key)
 
 
 def _options(found: Any) -> Iterator[Any]:

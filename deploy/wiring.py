@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
     from learner.trainer import Trainer
     from monitoring.drift import DriftMonitor
+    from replay.lease import Lease
     from replay.store import LearnerStore
 
 logger = logging.getLogger(__name__)
@@ -130,19 +131,23 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     """Run a learner until it is told to end; returns the exit code."""
     from learner.app import LearnerApp
     from learner.control import Gate
+    from replay.lease import Lease
 
     log.configure(settings.log.level, settings.log.format)
     check_broker(settings.kafka)
     check_topics(settings.kafka, settings.topics, settings.named_topics)
     use_threads(settings.learner.threads)
-    metrics, health = Metrics(), Health("models", "source", "outbox")
+    metrics, health = Metrics(), Health("lease", "models", "source", "outbox")
     metrics.open_learner(settings.streams, release=version("trimtab"), reasons=list(Reason))
     http = settings.learner.http if port is None else settings.learner.http.model_copy(update={"port": port})
     group = settings.topics.prefix + settings.learner.group
     shell = Shell(f"{group}-control", settings.kafka, http, health, metrics)
 
+    make_parent(settings.learner.store)
+    lease = Lease(open_store(settings), owner_name(settings), timedelta(seconds=settings.learner.lease_seconds))
+
     def connect(learn: Callable[[Callable[[], Any]], Future[Any]]) -> LearnerParts:
-        return _learner_parts(settings, group, metrics, learn)
+        return _learner_parts(settings, group, metrics, learn, lease)
 
     learner = LearnerApp(
         shell,
@@ -151,6 +156,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
         settings.topics.name("audit"),
         Gate(settings.control),
         utc_now,
+        lease,
         settings.learner.revision_seconds,
     )
     if settings.learner.console.enabled:
@@ -182,15 +188,18 @@ def _open_console(settings: Settings, shell: Shell, parts: Callable[[], LearnerP
 
 
 def _learner_parts(
-    settings: Settings, group: str, metrics: Metrics, learn: Callable[[Callable[[], Any]], Future[Any]]
+    settings: Settings,
+    group: str,
+    metrics: Metrics,
+    learn: Callable[[Callable[[], Any]], Future[Any]],
+    lease: Lease,
 ) -> LearnerParts:
     from deploy.messages import originals
     from learner.app import Outbox
     from learner.app import Parts as LearnerParts
     from stream.lookback import Lookback
 
-    make_parent(settings.learner.store)
-    learning = build_learning(settings, metrics, learn, Lookback(settings.kafka.confluent()))
+    learning = build_learning(settings, metrics, learn, Lookback(settings.kafka.confluent()), lease=lease)
     topics = settings.topics
     reader = KafkaReader(
         settings.kafka.confluent(),
@@ -245,6 +254,7 @@ def build_learning(
     *,
     shelf: Callable[[Registry, str], EncoderShelf] | None = None,
     clock: Callable[[], datetime] = utc_now,
+    lease: Lease | None = None,
 ) -> Learning:
     """What a learner is made of, opened and ready for its first batch.
 
@@ -253,22 +263,18 @@ def build_learning(
         lookback: reads events back.
         shelf: makes the place where encoders lie ready; `EncoderShelf` when not given.
         clock: the time, in UTC.
+        lease: under which the store is led already; without, it is opened and claimed at once.
     """
     from learner.curation import Curator
     from learner.joining import Joiner, JoinTopics
     from learner.online import EncoderShelf, OnlineLearner
     from learner.trainer import Course, Trainer, Triggers
     from monitoring.drift import DriftMonitor
-    from replay.store import LearnerStore
 
     device = device_of(settings.learner.device)
-    store = LearnerStore(
-        settings.learner.store,
-        {name: stream.replay for name, stream in settings.streams.items()},
-        settings.learner.memory,
-    )
+    store = open_store(settings) if lease is None else lease.store
     registry = open_registry(settings)
-    epoch = store.claim(settings.learner.member_id or f"{socket.gethostname()}-{os.getpid()}", clock())
+    epoch = store.claim(owner_name(settings), clock()) if lease is None else lease.epoch
     encoders = (shelf or EncoderShelf)(registry, device)
     topics = settings.topics
     learners = {
@@ -319,6 +325,22 @@ def build_learning(
         settings.learner.device,
     )
     return Learning(store, registry, epoch, learners, drift, joiner, curator, trainer)
+
+
+def open_store(settings: Settings) -> LearnerStore:
+    """The learner's database, opened."""
+    from replay.store import LearnerStore
+
+    return LearnerStore(
+        settings.learner.store,
+        {name: stream.replay for name, stream in settings.streams.items()},
+        settings.learner.memory,
+    )
+
+
+def owner_name(settings: Settings) -> str:
+    """By which a learner owns the store: its lasting name, or one that no other process has."""
+    return settings.learner.member_id or f"{socket.gethostname()}-{os.getpid()}"
 
 
 def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:

@@ -6,6 +6,8 @@
     control topic, HTTP  ──▶ Gate ──▶ act ────────────────┘ (one thread owns all that learns)
     Trainer (thread) ──▶ fine-tune process ──▶ exam ──▶ act
 
+It does nothing of this before it leads (`replay.lease`): until then it stands by.
+
 Everything that changes what is learned runs on one thread, in whole steps. What follows from a step leaves
 through the outbox, which is part of the step's transaction.
 """
@@ -38,6 +40,7 @@ from learner.trainer import Trainer
 from learner.unlearning import Erasure, forget
 from monitoring.drift import DriftMonitor, Kind
 from monitoring.metrics import QUARANTINE_REASONS, Metrics
+from replay.lease import Lease
 from replay.store import Held, LearnerStore, Outgoing
 from stream.batches import Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
@@ -189,6 +192,7 @@ class LearnerApp:
         audit: name of the audit topic.
         gate: decides which control messages are let through.
         clock: the time, in UTC.
+        lease: by which this learner comes to lead, and goes on leading.
         revision_seconds: shortest time between two revisions of a stream.
     """
 
@@ -200,9 +204,10 @@ class LearnerApp:
         audit: str,
         gate: Gate,
         clock: Callable[[], datetime],
+        lease: Lease,
         revision_seconds: float = 0.5,
     ) -> None:
-        self._revision_seconds = revision_seconds
+        self._revision_seconds, self._lease = revision_seconds, lease
         self.shell, self._connect, self._audit, self._gate, self._clock = shell, connect, audit, gate, clock
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._learning = ThreadPoolExecutor(1, thread_name_prefix="learn")
@@ -213,6 +218,7 @@ class LearnerApp:
         self._parts: Parts | None = None
         self._announced_at = 0.0
         self._drifts: dict[tuple[str, str], int] = {}
+        shell.turn = self._stand_by
         shell.draining.append(self._drain)
         self._declare(control)
         self._add_pages()
@@ -278,6 +284,36 @@ class LearnerApp:
         except BaseException as error:
             self._ending.set()
             self.shell.fail(error)
+
+    # Leading
+
+    async def _stand_by(self) -> None:
+        """Return once this learner leads."""
+        loop, health = asyncio.get_running_loop(), self.shell.health
+        self.metrics.leading.set(0)
+        said = ""
+        while True:
+            try:
+                leads = await loop.run_in_executor(self._learning, self._lease.take, self._clock()) is not None
+                holder = self._lease.holder
+                why = f"learner {holder.owner!r} leads under epoch {holder.epoch}" if holder else ""
+            except RetryLater as error:
+                leads, why = False, str(error)
+            if leads:
+                break
+            if why != said:
+                logger.info("standing by: %s", why)
+            said = why
+            health.waiting("lease", f"standing by: {why}")
+            await asyncio.sleep(self._lease.pause)
+        health.ready("lease")
+        self._lease.keep(self.shell.fail, self._note_database)
+
+    def _note_database(self, why: str | None) -> None:
+        if why is None:
+            self.shell.health.ready("database")
+        else:
+            self.shell.health.waiting("database", why)
 
     # Joining
 
@@ -438,10 +474,20 @@ class LearnerApp:
             logger.warning("a control message is refused: %s", refusal)
             self.metrics.control.labels("unknown", "refused").inc()
             return
-        await self.act(request)
+        while not self._ending.is_set():
+            try:
+                await self.act(request)
+                return
+            except RetryLater as error:
+                logger.warning("control: %s; trying again", error)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def act(self, request: ControlRequest) -> ControlAnswer:
-        """Do what is asked, or say why not; either way the audit topic is told."""
+        """Do what is asked, or say why not; either way the audit topic is told.
+
+        Raises:
+            RetryLater: the database is away, so that nothing can be told.
+        """
         await self._opened.wait()
         loop = asyncio.get_running_loop()
         # Read while learning goes on; what is then sent again leaves like everything, through the outbox.
@@ -689,32 +735,35 @@ class LearnerApp:
             "classes": self._classes,
         }
 
+        async def ask(view: Any, find: Callable[[], Any]) -> Any:
+            try:
+                found = await asyncio.get_running_loop().run_in_executor(learner._learning, find)
+            except Refused as refusal:
+                return shell.json(view, {"error": str(refusal)}, 400)
+            except RetryLater as error:
+                return shell.json(view, {"error": str(error)}, 503)
+            return shell.json(view, found)
+
         async def read(view: Any, stream: str, what: str, query: Mapping[str, str] | None = None) -> Any:
             if not learner._opened.is_set():
                 return shell.json(view, {"error": "starting"}, 503)
             if stream not in learner.parts.learners:
                 return shell.json(view, {"error": f"stream {stream!r} is not configured"}, 404)
-            loop = asyncio.get_running_loop()
-            if what == "quarantine":
-                try:
-                    page = await loop.run_in_executor(learner._learning, learner._quarantine, stream, dict(query or {}))
-                except Refused as refusal:
-                    return shell.json(view, {"error": str(refusal)}, 400)
-                return shell.json(view, page)
-            if what not in readers:
+            if what not in (*readers, "quarantine"):
                 return shell.json(view, {"error": f"there is no page {what!r}"}, 404)
-            found = await loop.run_in_executor(learner._learning, readers[what], stream)
-            return shell.json(view, found)
+            return await ask(
+                view,
+                lambda: (
+                    learner._quarantine(stream, dict(query or {})) if what == "quarantine" else readers[what](stream)
+                ),
+            )
 
         @app.page("/streams")  # type: ignore[untyped-decorator]
         async def streams(view: Any, request: Any) -> Any:
             if not learner._opened.is_set():
                 return shell.json(view, {"error": "starting"}, 503)
-            loop = asyncio.get_running_loop()
             names: Sequence[str] = sorted(learner.parts.learners)
-            return shell.json(
-                view, [await loop.run_in_executor(learner._learning, learner._status, name) for name in names]
-            )
+            return await ask(view, lambda: [learner._status(name) for name in names])
 
         @app.page("/streams/{stream}")  # type: ignore[untyped-decorator]
         async def one(view: Any, request: Any, stream: str) -> Any:
@@ -743,7 +792,10 @@ class LearnerApp:
                     asked = ControlRequest.model_validate({**body, "action": what, "stream": stream})
                 except (ValueError, TypeError, RecursionError) as error:
                     return shell.json(self, {"error": str(error)}, 400)
-                answer = await learner.act(asked)
+                try:
+                    answer = await learner.act(asked)
+                except RetryLater as error:
+                    return shell.json(self, {"error": str(error)}, 503)
                 return shell.json(self, answer.model_dump(mode="json"), 202 if answer.accepted else 409)
 
     async def _drain(self) -> None:
@@ -751,6 +803,7 @@ class LearnerApp:
         self._ending.set()
         loop = asyncio.get_running_loop()
         if self._parts is None:
+            await loop.run_in_executor(None, self._lease.leave)
             return
         try:
             await asyncio.wait_for(self._joining_ended.wait(), timeout=30)
@@ -762,4 +815,5 @@ class LearnerApp:
         except TrimtabError as error:
             logger.warning("%s; it is sent by the next learner", error)
         await loop.run_in_executor(self._reading, self.parts.reader.close)
+        await loop.run_in_executor(None, self._lease.leave)
         self.parts.store.close()

@@ -1,26 +1,37 @@
 """The learner's tables, and how rows are put into them on any database.
 
-Times are whole microseconds since 1970 in UTC, so that they compare exactly and alike everywhere.
+Times are whole microseconds since 1970 in UTC, so that they compare exactly and alike everywhere; text is put
+in order by its code points, whatever the database's own language.
+
 SQLite is the default: WAL, so that readers never wait for the writer, and `synchronous=FULL`, one flush
 a commit. `NORMAL` would keep the store whole too, but could forget the last commits when the machine
 loses power. For what is learned that is harmless, because the offsets lie in the same database and the
 messages would be read again; an epoch or a revision number that was already shown to others and is then
 given out twice is not.
 
-`secure_delete` is on, always: what is deleted or replaced is overwritten with zeros. On only while an event is
-forgotten it would come too late for the text that was let go a month before, which lies in a free page since.
+On PostgreSQL the same, by the server's own settings; see `connect` for what is asked of a session.
+
+In SQLite `secure_delete` is on, always: what is deleted or replaced is overwritten with zeros. On only while an
+event is forgotten it would come too late for the text that was let go a month before, which lies in a free page since.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import sqlite3
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from operator import itemgetter
+from typing import Any, Self
 
 import sqlalchemy as sa
+from pydantic_core import PydanticCustomError, core_schema
 from sqlalchemy import event
 from sqlalchemy.dialects import postgresql, sqlite
+
+from stream.errors import Misconfigured
 
 SCHEMA = "1"
 """Kept in `meta`; a store of another schema is refused."""
@@ -28,6 +39,7 @@ SCHEMA = "1"
 METADATA = sa.MetaData()
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_TEXT = sa.Text().with_variant(sa.Text(collation="C"), "postgresql")
 
 
 def micros(at: datetime) -> int:
@@ -41,7 +53,7 @@ def moment(at: int) -> datetime:
 
 
 def _text(name: str, *, key: bool = False, null: bool = False) -> sa.Column[Any]:
-    return sa.Column(name, sa.Text, primary_key=key, nullable=null)
+    return sa.Column(name, _TEXT, primary_key=key, nullable=null)
 
 
 def _time(name: str, *, null: bool = False) -> sa.Column[Any]:
@@ -63,7 +75,16 @@ def _table(name: str, *columns: sa.Column[Any] | sa.Index) -> sa.Table:
 
 
 meta = _table("meta", _text("name", key=True), _text("value"))
-owners = _table("owners", _text("scope", key=True), _int("epoch"), _text("owner"), _time("claimed_at"))
+owners = _table(
+    "owners",
+    _text("scope", key=True),
+    _int("epoch"),
+    _text("owner"),
+    _time("claimed_at"),
+    # The last sign of life by the database's clock, and for how long it is one; without, the owner has gone.
+    _time("beat_at", null=True),
+    _int("lease", null=True),
+)
 offsets = _table("offsets", _text("topic", key=True), _int("partition", key=True), _int("next_offset"), _int("epoch"))
 
 served = _table(
@@ -275,9 +296,91 @@ quarantine = _table(
 _INSERTS: Mapping[str, Any] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
+_POSTGRES = "postgresql+psycopg"
+_KNOWN = f"sqlite, {_POSTGRES}"
+
+_CONNECTION = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
+"""What libpq is told, so that a server that has vanished is noticed within half a minute."""
+
+_SESSION = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=30s"
+"""As long as SQLite waits for a lock; and the locks of a learner that was stopped within a transaction are let go."""
+
+_CREATING = 7_462_137_001
+"""The advisory lock under which tables are made, so that two learners that start at once do not both make them."""
+
+
+class StoreUrl(str):
+    """A database's URL that names its password to a driver, and shows it to nobody: not as text, not in a message."""
+
+    def __repr__(self) -> str:
+        return repr(masked(self))
+
+    def __str__(self) -> str:
+        return masked(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(masked(self), spec)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls._checked,
+            core_schema.str_schema(min_length=1),
+            serialization=core_schema.plain_serializer_function_ser_schema(masked, when_used="json"),
+        )
+
+    @classmethod
+    def _checked(cls, text: str) -> Self:
+        try:
+            parsed(text)
+        except Misconfigured as error:
+            raise PydanticCustomError("store", "{why}", {"why": str(error)}) from None
+        return cls(text)
+
+
+def masked(url: str) -> str:
+    """The URL without its passwords, also where it is no good URL."""
+    shown = re.sub(r"(://[^:@/?]*):.*@", r"\1:***@", url[:], flags=re.DOTALL)
+    return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", shown)
+
+
+def parsed(url: str) -> sa.URL:
+    """The URL's parts.
+
+    Raises:
+        Misconfigured: not the URL of a database that is known here; its password is not shown.
+    """
+    try:
+        found = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise Misconfigured(f"{masked(url)!r} is not an SQLAlchemy URL, such as sqlite:///learner.db") from None
+    if found.get_backend_name() not in _INSERTS:
+        raise Misconfigured(f"{found.drivername!r} is not among the databases that a store can lie in: {_KNOWN}")
+    return found.set(drivername=_POSTGRES) if found.get_backend_name() == "postgresql" else found
+
+
 def connect(url: str) -> sa.Engine:
-    """An engine whose transactions are what they say, with foreign quirks of SQLite switched off."""
-    engine = sa.create_engine(url)
+    """An engine whose transactions are what they say, with foreign quirks of SQLite switched off.
+
+    On PostgreSQL a transaction that writes sees what was committed before each of its statements (READ COMMITTED), and
+    begins by locking the owner's row, so that one writes after the other; a read is one snapshot. What the URL says of
+    a connection wins over what is said here.
+
+    Raises:
+        Misconfigured: as `parsed`.
+    """
+    where = parsed(url)
+    arguments: dict[str, Any] = {}
+    if where.drivername == _POSTGRES:
+        arguments = {name: value for name, value in _CONNECTION.items() if name not in where.query}
+        arguments["options"] = f"{_SESSION} {where.query.get('options', '')}".strip()
+    engine = sa.create_engine(where, connect_args=arguments)
     if engine.dialect.name == "sqlite":
 
         @event.listens_for(engine, "connect")
@@ -300,6 +403,23 @@ def connect(url: str) -> sa.Engine:
     return engine
 
 
+def create(connection: sa.Connection) -> None:
+    """Make the tables that are missing."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CREATING)))
+        encoding = connection.scalar(sa.text("SHOW server_encoding"))
+        if encoding != "UTF8":
+            raise Misconfigured(f"the learner's database has the encoding {encoding}; create it with UTF8")
+    METADATA.create_all(connection)
+
+
+def clock(connection: sa.Connection) -> int:
+    """The time by the clock that all learners of this database share, in microseconds."""
+    if connection.dialect.name == "postgresql":
+        return int(connection.scalar(sa.text("SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint")) or 0)
+    return time.time_ns() // 1_000
+
+
 def put(
     connection: sa.Connection,
     table: sa.Table,
@@ -316,14 +436,62 @@ def put(
     """
     if not rows:
         return
-    statement = _INSERTS[connection.dialect.name](table)
+    statement, names, processors = _insert(connection.dialect, table, tuple(rows[0]), update, combine)
+    take = itemgetter(*names) if len(names) > 1 else lambda row: (row[names[0]],)
+    values = [take(row) for row in rows]
+    if processors:
+        columns: list[Iterable[Any]] = list(zip(*values, strict=True))
+        for place, process in processors:
+            columns[place] = map(process, columns[place])
+        values = list(zip(*columns, strict=True))
+    # Past SQLAlchemy's own way from a row to a driver's, which costs as much as the database itself.
+    connection.exec_driver_sql(statement, values)
+
+
+_Process = Callable[[Any], Any]
+_Insert = tuple[str, tuple[str, ...], tuple[tuple[int, _Process], ...]]
+
+
+def _insert(
+    dialect: sa.Dialect,
+    table: sa.Table,
+    given: tuple[str, ...],
+    update: Iterable[str] | None,
+    combine: Mapping[str, Any] | None,
+) -> _Insert:
+    """The statement in the driver's own words, the columns in its order, and what some of them go through."""
+    changed = None if update is None else tuple(update)
+    key = (dialect.name, table.name, given, changed, tuple(combine or ()))
+    if key in _COMPILED:
+        return _COMPILED[key]
+    statement = _INSERTS[dialect.name](table).values({name: sa.bindparam(name) for name in given})
     keys = [column.name for column in table.primary_key]
-    given = [name for name in rows[0] if name not in keys] if update is None else list(update)
-    changes = {name: statement.excluded[name] for name in given}
+    changes = {
+        name: statement.excluded[name]
+        for name in ([name for name in given if name not in keys] if changed is None else changed)
+    }
     for name, combined in (combine or {}).items():
         changes[name] = combined(table.c[name], statement.excluded[name])
     if changes:
         statement = statement.on_conflict_do_update(index_elements=keys, set_=changes)
     else:
         statement = statement.on_conflict_do_nothing()
-    connection.execute(statement, list(rows))
+    # Parameters by their places, which both drivers take.
+    places = type(dialect)(paramstyle="format" if dialect.name == "postgresql" else "qmark")
+    compiled: Any = statement.compile(dialect=places)
+    names = tuple(compiled.positiontup)
+    types = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
+    made = str(compiled), names, tuple((place, process) for place, process in enumerate(types) if process is not None)
+    _COMPILED[key] = made
+    return made
+
+
+_COMPILED: dict[tuple[Any, ...], _Insert] = {}
+
+
+def among(connection: sa.Connection, column: sa.Column[Any], values: Collection[Any]) -> sa.ColumnElement[bool]:
+    """Whether the column has one of `values`: one parameter for all of them, however many there are."""
+    if connection.dialect.name == "postgresql":
+        return column == sa.any_(sa.bindparam(None, list(values), type_=postgresql.ARRAY(column.type)))
+    listed = sa.func.json_each(json.dumps(list(values))).table_valued("value")
+    return column.in_(sa.select(listed.c.value))

@@ -19,9 +19,9 @@ has either learned the batch or will read it again.
         tx.send([Outgoing("model-versions", key, value)])
     ledger = store.follow_ledger("storm", encoder, after_seq)
 
-One owner writes: `claim` gives it an epoch, every transaction is under that epoch, and an older one
-raises `Superseded`. Within a process, transactions wait for each other; reads go on beside them from any
-thread, each on one consistent state.
+One owner writes: `claim` gives it an epoch (`replay.lease` says when), every transaction is under that epoch, and
+an older one raises `Superseded`. Within a process, transactions wait for each other; reads go on beside them from
+any thread, each on one consistent state.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,10 @@ Embedding = npt.NDArray[np.int16]
 """(d,), quantised once by the instant head."""
 
 _CHUNK = 1_000
+_BUSY_SECONDS = 1.0
+"""Whoever waits longer than this for the owner's row was kept from it by an owner that is alive."""
+_READ_ONLY = "25006"
+"""PostgreSQL's code for a write to a server that only follows another, as after a switch to the wrong one."""
 
 
 class StoreSettings(BaseModel):
@@ -333,11 +338,28 @@ class Purged:
     quarantine: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Tenure:
+    """Who owns the store.
+
+    Args:
+        lease: for how long a sign of life counts; None once the owner has left, or never gave one.
+        silent: since its last sign of life, by the database's clock.
+        mark: another one each time that anything of it has changed.
+    """
+
+    owner: str
+    epoch: int
+    lease: timedelta | None
+    silent: timedelta | None
+    mark: tuple[object, ...]
+
+
 class LearnerStore:
     """The learner's database.
 
     Args:
-        url: an SQLAlchemy URL, such as `sqlite:///learner.db`.
+        url: an SQLAlchemy URL, such as `sqlite:///learner.db` or `postgresql+psycopg://trimtab@db.example.org/trimtab`.
         replay: by stream, which examples are members of its replay store; the defaults where not named.
         settings: how long and how much is remembered.
 
@@ -354,13 +376,14 @@ class LearnerStore:
         self._writing = threading.Lock()
         try:
             with self._write() as connection:
-                t.METADATA.create_all(connection)
+                t.create(connection)
                 put(connection, t.meta, [{"name": "schema", "value": t.SCHEMA}], update=())
                 found = connection.scalar(sa.select(t.meta.c.value).where(t.meta.c.name == "schema"))
                 if found == t.SCHEMA:
                     self._draw_again(connection)
-        except RetryLater as error:
-            raise Misconfigured(f"the learner's store at {self._engine.url!r} cannot be opened: {error}") from error
+        except (RetryLater, sa.exc.DBAPIError) as error:
+            why = error.orig if isinstance(error, sa.exc.DBAPIError) else error
+            raise Misconfigured(f"the learner's store at {t.masked(url)!r} cannot be opened: {why}") from error
         if found != t.SCHEMA:
             raise Misconfigured(f"the learner's store has schema {found!r}, this version reads {t.SCHEMA!r}")
 
@@ -373,13 +396,13 @@ class LearnerStore:
         return self._replay.get(stream, ReplaySettings())
 
     def claim(self, owner: str, now: datetime, scope: str = "learner") -> int:
-        """Take over: the epoch is higher each time, and the owner before is superseded from now on."""
+        """Take over at once: the epoch is higher each time, and the owner before is superseded from now on."""
         row = {"scope": scope, "owner": owner, "claimed_at": micros(now)}
         with self._write() as connection:
             # A row to hold, so that two that claim at the same moment do not both become the first.
             put(connection, t.owners, [{**row, "epoch": 0}], update=())
             epoch = (_epoch(connection, scope) or 0) + 1
-            put(connection, t.owners, [{**row, "epoch": epoch}])
+            put(connection, t.owners, [{**row, "epoch": epoch, "beat_at": None, "lease": None}])
             return epoch
 
     def owner(self, scope: str = "learner") -> tuple[str, int] | None:
@@ -389,6 +412,54 @@ class LearnerStore:
                 sa.select(t.owners.c.owner, t.owners.c.epoch).where(t.owners.c.scope == scope)
             ).first()
             return None if row is None else (row.owner, row.epoch)
+
+    def tenure(self, scope: str = "learner") -> Tenure | None:
+        """Who owns the store, and for how long nothing was heard of it; read without waiting for anybody."""
+        with self._read() as connection:
+            return _tenure(connection, scope)
+
+    def take_over(
+        self, owner: str, now: datetime, lease: timedelta, seen: Tenure | None, scope: str = "learner"
+    ) -> int:
+        """Claim the store from whom it was `seen` with, and hold it for `lease` after each `renew`.
+
+        Raises:
+            RetryLater: somebody else was at work in it meanwhile: look again; or the database is away.
+        """
+        asked = monotonic()
+        row = {"scope": scope, "owner": owner, "claimed_at": micros(now)}
+        with self._write() as connection:
+            put(connection, t.owners, [{**row, "epoch": 0}], update=())
+            epoch = _epoch(connection, scope) or 0
+            found = _tenure(connection, scope) if epoch else None
+            # One who held us up is alive, though it had no time to say so.
+            if monotonic() - asked > _BUSY_SECONDS or (found and found.mark) != (seen and seen.mark):
+                raise RetryLater("another learner is at work in the store")
+            held = {"beat_at": t.clock(connection), "lease": lease // timedelta(microseconds=1)}
+            put(connection, t.owners, [{**row, **held, "epoch": epoch + 1}])
+            return epoch + 1
+
+    def renew(self, epoch: int, scope: str = "learner") -> None:
+        """Say that the owner under `epoch` is alive.
+
+        Raises:
+            Superseded: another owner has claimed the store since.
+            RetryLater: the database is away.
+        """
+        self._sign(epoch, scope, leaving=False)
+
+    def leave(self, epoch: int, scope: str = "learner") -> None:
+        """The owner under `epoch` goes: whoever stands by need not wait. Raises as `renew`."""
+        self._sign(epoch, scope, leaving=True)
+
+    def _sign(self, epoch: int, scope: str, *, leaving: bool) -> None:
+        c = t.owners.c
+        with self._write() as connection:
+            found = _epoch(connection, scope)
+            if found != epoch:
+                raise Superseded(f"the store is owned under epoch {found}, this learner's is {epoch}")
+            beat: dict[str, Any] = {"lease": None} if leaving else {"beat_at": t.clock(connection)}
+            connection.execute(sa.update(t.owners).where(c.scope == scope).values(beat))
 
     @contextmanager
     def transaction(self, epoch: int, now: datetime, scope: str = "learner") -> Iterator[Transaction]:
@@ -1574,8 +1645,7 @@ class Transaction:
                 raise RetryLater(f"stream {row.stream!r} has another encoder now; the events must be embedded again")
 
     def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if rows:
-            self._connection.execute(sa.insert(t.ledger), list(rows))
+        put(self._connection, t.ledger, rows, update=())
 
     def _name_classes(self, counts: Mapping[tuple[str, str], int]) -> None:
         """Know these classes, and by how much their numbers of learned events change."""
@@ -1770,6 +1840,17 @@ def _epoch(connection: sa.Connection, scope: str) -> int | None:
     return connection.scalar(sa.select(t.owners.c.epoch).where(t.owners.c.scope == scope).with_for_update())
 
 
+def _tenure(connection: sa.Connection, scope: str) -> Tenure | None:
+    c = t.owners.c
+    query = sa.select(c.owner, c.epoch, c.beat_at, c.lease).where(c.scope == scope)
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    silent = timedelta(microseconds=t.clock(connection) - row.beat_at) if row.beat_at is not None else None
+    lease = None if row.lease is None else timedelta(microseconds=row.lease)
+    return Tenure(row.owner, row.epoch, lease, silent, (row.owner, row.epoch, row.beat_at, row.lease))
+
+
 def _offsets(connection: sa.Connection) -> dict[tuple[str, int], int]:
     c = t.offsets.c
     rows = connection.execute(sa.select(c.topic, c.partition, c.next_offset))
@@ -1819,15 +1900,14 @@ def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:
 def _rows(
     connection: sa.Connection, table: sa.Table, keys: Iterable[EventKey], columns: Sequence[Any] | None = None
 ) -> Iterator[Any]:
-    """The rows of these events, a few statements for all of them; stream and event id come with them."""
+    """The rows of these events, a statement for each stream; stream and event id come with them."""
     streams: dict[str, list[str]] = {}
     for stream, event_id in sorted(set(keys)):
         streams.setdefault(stream, []).append(event_id)
     chosen = table.c if columns is None else (table.c.stream, table.c.event_id, *columns)
     for stream, event_ids in streams.items():
-        for chunk in _chunks(event_ids):
-            query = sa.select(*chosen).where(table.c.stream == stream, table.c.event_id.in_(chunk))
-            yield from connection.execute(query)
+        these = t.among(connection, table.c.event_id, event_ids)
+        yield from connection.execute(sa.select(*chosen).where(table.c.stream == stream, these))
 
 
 def _held(held: Held) -> list[Any]:
@@ -1862,8 +1942,13 @@ def _update_examples(connection: sa.Connection, rows: Sequence[Mapping[str, Any]
 
 @contextmanager
 def _retried_later() -> Iterator[None]:
-    """A database that is away, full or locked is met like a broker that is away."""
+    """A database that is away, full, locked or for now read-only is met like a broker that is away."""
     try:
         yield
-    except sa.exc.OperationalError as error:
-        raise RetryLater(f"the learner's database: {error.orig}") from error
+    except sa.exc.DBAPIError as error:
+        passing = isinstance(error, sa.exc.OperationalError) or error.connection_invalidated
+        if passing or getattr(error.orig, "sqlstate", None) == _READ_ONLY:
+            raise RetryLater(f"the learner's database: {error.orig}") from error
+        raise
+    except sa.exc.TimeoutError as error:
+        raise RetryLater(f"the learner's database: {error}") from error

@@ -24,10 +24,9 @@ import sqlalchemy as sa
 
 from replay import schema as t
 from replay.policy import draw
-from replay.schema import put
+from replay.schema import among, put
 from stream.join import EventKey
 
-_CHUNK = 1_000
 _MARK = "<u4"
 
 
@@ -132,11 +131,8 @@ def _found(
         streams.setdefault(key[0], {})[mark] = key
     found: dict[EventKey, Any] = {}
     for stream, owners in streams.items():
-        ordered = sorted(owners)
-        for start in range(0, len(ordered), _CHUNK):
-            chosen = column.in_(ordered[start : start + _CHUNK])
-            query = sa.select(column, value).where(table.c.stream == stream, chosen)
-            found.update({owners[mark]: held for mark, held in connection.execute(query)})
+        query = sa.select(column, value).where(table.c.stream == stream, among(connection, column, sorted(owners)))
+        found.update({owners[mark]: held for mark, held in connection.execute(query)})
     return found
 
 

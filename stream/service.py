@@ -2,7 +2,7 @@
 
 Order of life::
 
-    create (no I/O) ──▶ start: web, services, agents ──▶ ready ──▶ serve
+    create (no I/O) ──▶ wait for its turn, where it has to ──▶ start: web, services, agents ──▶ ready ──▶ serve
     first SIGTERM/SIGINT ──▶ services end in reverse order, work in flight is finished ──▶ exit 0
     second one ──▶ exit at once; what was not committed is repeated by the next process
     an error that leaves a service or an agent ──▶ the same end, exit 1
@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import faust
+from aiohttp import web
 from faust.app.base import BootStrategy
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -121,6 +122,8 @@ class Shell:
         self._stopping: asyncio.Event | None = None
         self._exit_code = 0
         self.draining: list[Callable[[], Awaitable[None]]] = []
+        self.turn: Callable[[], Awaitable[None]] | None = None
+        """Returns once this process may start; until then it reads nothing, and answers only how it is."""
 
         class Boot(BootStrategy):  # type: ignore[misc]
             enable_kafka = kafka is not None
@@ -209,7 +212,7 @@ class Shell:
         self._stopping = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal, number)
-        if self.health.failure is None:
+        if self.health.failure is None and await self._its_turn():
             try:
                 await self.app.start()
                 if not self.app.boot_strategy.enable_kafka:
@@ -230,6 +233,60 @@ class Shell:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.app.stop(), timeout=20)
         return self._exit_code
+
+    async def _its_turn(self) -> bool:
+        """Wait for it, and say so to whoever asks; False where the process is told to end, or fails, meanwhile."""
+        assert self._stopping is not None
+        if self.turn is None:
+            return True
+        waiting, ending = asyncio.ensure_future(self.turn()), asyncio.ensure_future(self._stopping.wait())
+        runner: web.AppRunner | None = None
+        try:
+            await asyncio.wait({waiting, ending}, timeout=1, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done() and not ending.done():
+                runner = await self._answer_meanwhile()
+                await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                return False
+            waiting.result()
+        except Exception as error:
+            self.fail(error)
+            return False
+        finally:
+            waiting.cancel()
+            ending.cancel()
+            if runner is not None:
+                await runner.cleanup()
+        return not self._stopping.is_set()
+
+    async def _answer_meanwhile(self) -> web.AppRunner:
+        """The pages of a process that is not started: Faust's own would come with its consumer."""
+
+        async def answer(request: web.Request) -> web.Response:
+            if request.path == "/metrics":
+                body, content_type = self.metrics.render()
+                return web.Response(body=body, headers={"Content-Type": content_type})
+            found, status = {"/livez": self._alive, "/readyz": self._ready}.get(request.path, self._starting)()
+            return web.json_response(found, status=status, dumps=lambda body: json.dumps(body, default=str))
+
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        runner = web.AppRunner(app, access_log=None)
+        await runner.setup()
+        await web.TCPSite(runner, self.http.host, self.port).start()
+        logger.info("waiting on http://%s:%d", self.http.host, self.port)
+        return runner
+
+    def _alive(self) -> tuple[object, int]:
+        failure = self.health.failure
+        return {"alive": failure is None, "failure": failure}, 200 if failure is None else 503
+
+    def _ready(self) -> tuple[object, int]:
+        reasons = self.health.reasons
+        return {"ready": not reasons, "waiting_for": reasons}, 503 if reasons else 200
+
+    def _starting(self) -> tuple[object, int]:
+        return {"error": "starting", "waiting_for": self.health.reasons}, 503
 
     def _on_signal(self, number: signal.Signals) -> None:
         assert self._stopping is not None
@@ -259,13 +316,11 @@ class Shell:
 
         @self.app.page("/livez")  # type: ignore[untyped-decorator]
         async def livez(view: Any, request: Any) -> Any:
-            failure = shell.health.failure
-            return shell.json(view, {"alive": failure is None, "failure": failure}, 200 if failure is None else 503)
+            return shell.json(view, *shell._alive())
 
         @self.app.page("/readyz")  # type: ignore[untyped-decorator]
         async def readyz(view: Any, request: Any) -> Any:
-            reasons = shell.health.reasons
-            return shell.json(view, {"ready": not reasons, "waiting_for": reasons}, 503 if reasons else 200)
+            return shell.json(view, *shell._ready())
 
 
 def free_port(host: str = "127.0.0.1") -> int:

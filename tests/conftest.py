@@ -1,4 +1,4 @@
-"""What tests of every room share: a real Kafka, plain or with TLS and passwords, and fresh topic names."""
+"""What tests of every room share: a real Kafka, plain or with TLS and passwords, fresh topic names, a PostgreSQL."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 from tests.kafka import KafkaBroker, KafkaUnavailable, Sasl
+from tests.postgres import PostgresServer, PostgresUnavailable
 
 # A slow machine is no reason to fail.
 hypothesis.settings.register_profile("patient", deadline=None)
@@ -46,6 +47,19 @@ def kafka_sasl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker
         missing(str(lack))
     yield broker
     broker.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One real PostgreSQL for the whole run; a test that halts a server starts its own with `PostgresServer`."""
+    try:
+        server = PostgresServer()
+    except PostgresUnavailable as lack:
+        missing(str(lack))
+    try:
+        yield server.start()
+    finally:
+        server.stop()
 
 
 @pytest.fixture

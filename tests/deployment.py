@@ -55,6 +55,7 @@ class Deployment:
             "worker": {"http": {"port": self.worker_port}, "threads": 1, "session_seconds": 6},
             "learner": {
                 "store": f"sqlite:///{directory}/learner.db",
+                "lease_seconds": 3,
                 "jobs": str(directory / "jobs"),
                 "http": {"port": self.learner_port},
                 "threads": 1,
@@ -65,6 +66,7 @@ class Deployment:
         }
         for block, values in (overrides or {}).items():
             blocks[block] = _merge(blocks.get(block, {}), values)
+        self.store_url: str = blocks["learner"]["store"]
         self.settings = directory / "trimtab.yaml"
         self.settings.write_text(yaml.safe_dump(blocks))
         create_topics(KafkaSettings(**blocks["kafka"]), self.topics)

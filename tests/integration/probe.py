@@ -80,7 +80,7 @@ def logged(deployment: Deployment, process: str) -> str:
 @contextmanager
 def store_of(deployment: Deployment) -> Iterator[LearnerStore]:
     """The learner's database, to read."""
-    store = LearnerStore(f"sqlite:///{deployment.directory}/learner.db")
+    store = LearnerStore(deployment.store_url)
     try:
         yield store
     finally:

@@ -1,4 +1,4 @@
-"""A learner that is killed: at any moment, in the middle of a fine-tune, or put aside by a second one."""
+"""A learner that is killed: at any moment, or in the middle of a fine-tune. Another that takes over: test_failover."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ import psutil
 import pytest
 
 from stream.events import Label, utc_now
-from stream.service import free_port
 from tests.deployment import Deployment, label
-from tests.integration.probe import FREQUENCIES, STREAM, check_head, deployed, end, logged, publish, store_of, window
+from tests.integration.probe import FREQUENCIES, STREAM, check_head, deployed, logged, publish, store_of, window
 from tests.kafka import KafkaBroker
 from tests.scrape import Scrape
 from tests.waiting import until
@@ -24,7 +23,6 @@ LONG = {**STREAM["finetune"], "epochs": 500, "early_stopping_patience": 0}
 STREAMS: dict[str, Any] = {
     "busy": {**STREAM, "finetune": LONG},
     "tuned": {**STREAM, "finetune": LONG},
-    "handed": STREAM,
 }
 KILLS = 5
 SEED = 20_260_101
@@ -213,23 +211,3 @@ def test_a_learner_killed_in_a_fine_tune_reports_it_when_it_is_back(deployment: 
         assert "ended meanwhile" in run.detail["reason"]
         assert not store.runs("tuned", states={"running"})
     teach(deployment, "tuned", 7_000, 2)
-
-
-def test_a_second_learner_takes_over_and_the_first_one_ends(deployment: Deployment) -> None:
-    """Two that both learn would learn twice; the older one must see it and stop, even with nothing to learn."""
-    learner = running(deployment)
-    teach(deployment, "handed", 0, 4)
-    port = free_port()
-    second = deployment.start("learner", "--port", str(port))
-    assert learner.wait(120) == 1
-    assert "Superseded" in logged(deployment, "learner")
-    until(lambda: deployment.ready(port), seconds=120)
-
-    deployment.learner_port, before = port, deployment.learner_port
-    try:
-        teach(deployment, "handed", 100, 4)
-    finally:
-        deployment.learner_port = before
-        assert end(second) == 0
-    final = {f"{name}-{number}": name for name in FREQUENCIES for number in [*range(4), *range(100, 104)]}
-    check_head(deployment, "handed", final)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -42,21 +42,17 @@ SMALL = StoreSettings(exam_from=2, exam_one_in=2)
 ROOT = Path(__file__).parents[2]
 
 
-def url(directory: Path) -> str:
-    return f"sqlite:///{directory / 'learner.db'}"
-
-
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[LearnerStore]:
-    made = LearnerStore(url(tmp_path), settings=SMALL)
+def store(where: str) -> Iterator[LearnerStore]:
+    made = LearnerStore(where, settings=SMALL)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[LearnerStore, LearnerStore]]:
+def pair(fresh: Callable[[], str]) -> Iterator[tuple[LearnerStore, LearnerStore]]:
     """Two stores that the property tests empty and use again: making one costs as much as ten batches."""
-    made = tuple(LearnerStore(url(tmp_path_factory.mktemp(name)), settings=SMALL) for name in ("one", "other"))
+    made = (LearnerStore(fresh(), settings=SMALL), LearnerStore(fresh(), settings=SMALL))
     yield made[0], made[1]
     for store in made:
         store.close()
@@ -322,9 +318,9 @@ def test_a_run_that_failed_leaves_its_examples_untouched(
     assert head_of(store) == head_due(store)
 
 
-def test_experience_is_the_members_and_what_is_new(tmp_path: Path) -> None:
+def test_experience_is_the_members_and_what_is_new(where: str) -> None:
     """A fine-tune that only saw the replay store would miss what it was called for."""
-    store = LearnerStore(url(tmp_path), {STREAM: ReplaySettings(policy="reservoir", size=5)}, SMALL)
+    store = LearnerStore(where, {STREAM: ReplaySettings(policy="reservoir", size=5)}, SMALL)
     learner = Learner(store)
     learner.step(batch_of(30))
     first = store.experience(STREAM)
@@ -367,10 +363,10 @@ def test_rebase_puts_the_head_on_another_encoder(store: LearnerStore) -> None:
     assert head_of(store, encoder="new") == head_due(store)
 
 
-def test_purge_keeps_members_and_late_corrections_exact(tmp_path: Path) -> None:
+def test_purge_keeps_members_and_late_corrections_exact(where: str) -> None:
     """Disk is bounded, but a correction must subtract what was added however old it is."""
     remembered = StoreSettings(exam_from=1_000)
-    store = LearnerStore(url(tmp_path), {STREAM: ReplaySettings(policy="reservoir", size=5)}, remembered)
+    store = LearnerStore(where, {STREAM: ReplaySettings(policy="reservoir", size=5)}, remembered)
     learner = Learner(store)
     learner.step([*batch_of(20), label("lost", "c0", at=99), prediction("unlabelled", "c0", ref=99, at=99)])
     members = store.members(STREAM)
@@ -398,9 +394,9 @@ def test_purge_keeps_members_and_late_corrections_exact(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_join_index_is_bounded(tmp_path: Path) -> None:
+def test_the_join_index_is_bounded(where: str) -> None:
     """A stream that nobody labels must not fill the disk within the horizon."""
-    store = LearnerStore(url(tmp_path), settings=StoreSettings(index_size=7))
+    store = LearnerStore(where, settings=StoreSettings(index_size=7))
     learner = Learner(store)
     for start in range(0, 20, 5):
         learner.now += timedelta(seconds=1)
@@ -474,10 +470,10 @@ def test_classes_and_quarantine(store: LearnerStore) -> None:
     assert store.quarantined() == []
 
 
-def test_another_seed_draws_another_sample(tmp_path: Path) -> None:
+def test_another_seed_draws_another_sample(where: str) -> None:
     """A changed seed must not leave half the store drawn by the old one."""
     for seed in (1, 2):
-        store = LearnerStore(url(tmp_path), {STREAM: ReplaySettings(policy="reservoir", size=5, seed=seed)})
+        store = LearnerStore(where, {STREAM: ReplaySettings(policy="reservoir", size=5, seed=seed)})
         if seed == 1:
             Learner(store).step(batch_of(30))
             before = store.members(STREAM)
@@ -504,16 +500,16 @@ def test_a_payload_comes_back_as_it_was(payload: Payload) -> None:
         assert back.dtype == np.float32
 
 
-def test_a_store_of_another_schema_is_refused(tmp_path: Path) -> None:
+def test_a_store_of_another_schema_is_refused(where: str) -> None:
     """Writing into a schema that one does not know destroys it slowly."""
-    store = LearnerStore(url(tmp_path))
+    store = LearnerStore(where)
     with store._write() as connection:
         connection.exec_driver_sql("UPDATE meta SET value = '99' WHERE name = 'schema'")
     store.close()
     with pytest.raises(Misconfigured, match="99"):
-        LearnerStore(url(tmp_path))
+        LearnerStore(where)
     with pytest.raises(Misconfigured, match="cannot be opened"):
-        LearnerStore(f"sqlite:///{tmp_path}/no/such/folder/learner.db")
+        LearnerStore(f"{where.rpartition('/')[0]}/no/such/folder/learner.db")
 
 
 def test_reads_go_on_beside_a_transaction(store: LearnerStore) -> None:
@@ -553,10 +549,10 @@ while True:
 """
 
 
-def child(directory: Path, stop_after: int) -> subprocess.Popen[str]:
+def child(where: str, stop_after: int) -> subprocess.Popen[str]:
     """A learner in a process of its own, which stops inside its transaction at this event."""
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, url(directory), str(stop_after)],
+        [sys.executable, "-c", CHILD, where, str(stop_after)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE,
@@ -575,33 +571,33 @@ def learned_whole_batches(store: LearnerStore) -> int:
     return position // 2
 
 
-def test_killed_inside_a_transaction_nothing_of_it_is_kept(tmp_path: Path) -> None:
+def test_killed_inside_a_transaction_nothing_of_it_is_kept(where: str) -> None:
     """kill -9 at the worst moment: the batch is read again, and learned once."""
-    process = child(tmp_path, stop_after=10)
+    process = child(where, stop_after=10)
     assert process.stdout is not None
     while process.stdout.readline() != "inside\n":
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
-    store = LearnerStore(url(tmp_path), settings=SMALL)
+    store = LearnerStore(where, settings=SMALL)
     assert learned_whole_batches(store) == 10
     Learner(store).step(batch_of(5, classes=2, first=10))
     assert learned_whole_batches(store) == 15
     store.close()
 
 
-def test_killed_at_any_moment_the_store_is_whole(tmp_path: Path) -> None:
+def test_killed_at_any_moment_the_store_is_whole(where: str) -> None:
     """Whatever instruction was running, offsets and effects agree; each life goes on from the last."""
     rng = random.Random(7)
     done = 0
     for _ in range(3):
-        process = child(tmp_path, stop_after=-1)
+        process = child(where, stop_after=-1)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(rng.uniform(0.0, 0.2))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        store = LearnerStore(url(tmp_path), settings=SMALL)
+        store = LearnerStore(where, settings=SMALL)
         now = learned_whole_batches(store)
         assert now > done
         done = now
