@@ -73,6 +73,7 @@ class Batch:
         follows: per partition, the end of the batch before; absent for the first one since assignment.
         ends: per partition, the offset to commit once every record is answered.
         generation: the assignment the batch was read under; batches of an older one are dropped.
+        member: who the reader was in the group under that assignment, for the broker to check; None without a group.
     """
 
     records: Sequence[Record]
@@ -80,6 +81,7 @@ class Batch:
     ends: Mapping[Partition, int]
     generation: int
     read_at: float = field(default_factory=time.time)
+    member: Any = None
 
 
 class Reader(Protocol):
@@ -147,6 +149,7 @@ class KafkaReader:
         self._begun: dict[Partition, int] = {}
         self._held: set[Partition] = set()
         self._generation = 0
+        self._member: Any = None
         self._rewind = threading.Event()
         properties = {
             **connection,
@@ -183,8 +186,8 @@ class KafkaReader:
         if self.settings.batch_events > 1:
             rest = self.consumer.consume(self.settings.batch_events - 1, self.settings.batch_seconds)
         if generation != self._generation:
-            # A rebalance in between: what was read before it may belong to someone else now.
-            first = [m for m in first if (m.topic(), m.partition()) in self._held]
+            # A rebalance in between: what was read before it is someone else's now, or comes again.
+            first = []
         return self._batch([*first, *rest])
 
     def _batch(self, messages: list[Message]) -> Batch | None:
@@ -206,7 +209,7 @@ class KafkaReader:
         if not records:
             return None
         self._next.update(ends)
-        return Batch(records, follows, ends, self._generation)
+        return Batch(records, follows, ends, self._generation, member=self._member)
 
     def rewind(self) -> None:
         self._generation += 1
@@ -257,6 +260,9 @@ class KafkaReader:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._generation += 1
+        # Asked for when the batch is committed, it would name an assignment that the batch was not read under, and the
+        # broker would take answers to events that someone else has answered meanwhile.
+        self._member = consumer.consumer_group_metadata()
         self._held.update((p.topic, p.partition) for p in partitions)
         for p in partitions:
             self._next.pop((p.topic, p.partition), None)
@@ -353,7 +359,7 @@ class KafkaWriter:
         self._check_follows(batch)
         offsets = [TopicPartition(topic, partition, end) for (topic, partition), end in batch.ends.items()]
         if self._transactions:
-            self._write_transaction(messages, offsets)
+            self._write_transaction(messages, offsets, batch.member)
         else:
             with self._seconds.labels("produce").time():
                 self._produce(messages)
@@ -378,14 +384,14 @@ class KafkaWriter:
                     "a batch in between was not answered"
                 )
 
-    def _write_transaction(self, messages: Sequence[Outgoing], offsets: list[TopicPartition]) -> None:
+    def _write_transaction(self, messages: Sequence[Outgoing], offsets: list[TopicPartition], member: Any) -> None:
         producer = self._producer
         try:
             with self._seconds.labels("produce").time():
                 producer.begin_transaction()
                 self._produce(messages)
             with self._seconds.labels("commit").time():
-                producer.send_offsets_to_transaction(offsets, self._reader.consumer.consumer_group_metadata(), 30)
+                producer.send_offsets_to_transaction(offsets, member, 30)
                 producer.commit_transaction(30)
         except KafkaException as error:
             self._abort(error)
