@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from confluent_kafka import Message
+from confluent_kafka import Message, Producer
+from kafka import KafkaProducer
 
 from monitoring.metrics import Metrics
-from stream.batches import Batch, BatchSettings, KafkaReader, KafkaWriter, Outgoing
-from stream.errors import RetryLater
+from stream.batches import Batch, BatchSettings, KafkaReader, KafkaWriter, Outgoing, TopicTail
+from stream.errors import RetryLater, Superseded
+from stream.events import Place, Record
+from stream.lookback import Lookback
 from tests.kafka import KafkaBroker
 from tests.waiting import until
 
@@ -23,13 +26,15 @@ class Group:
         self.kafka, self.prefix = kafka, prefix
         self.events = kafka.create_topic(prefix + "events", PARTITIONS)
         self.answers = kafka.create_topic(prefix + "answers", 1)
+        self.odd = kafka.create_topic(prefix + "odd", 1)
         self.readers: list[KafkaReader] = []
         for partition in range(PARTITIONS):
             kafka.produce(self.events, [(b"k", b"%d" % n, ()) for n in range(8)], partition=partition)
 
-    def reader(self, batch_events: int = 4) -> KafkaReader:
+    def reader(self, batch_events: int = 4, topic: str = "", member_id: str | None = None) -> KafkaReader:
         settings = BatchSettings(batch_events=batch_events, session_seconds=6, batch_seconds=0.2)
-        self.readers.append(KafkaReader(self.kafka.client(), self.prefix + "group", [self.events], settings))
+        topics = [topic or self.events]
+        self.readers.append(KafkaReader(self.kafka.client(), self.prefix + "group", topics, settings, member_id))
         return self.readers[-1]
 
     def first_batch(self, reader: KafkaReader) -> Batch:
@@ -94,3 +99,74 @@ def test_a_message_read_just_before_a_rebalance_is_not_twice_in_a_batch(group: G
     assert batch is not None
     places = [record.place for record in batch.records]
     assert len(places) == len(set(places))
+
+
+def test_a_header_name_that_is_no_text_does_not_end_the_reader(group: Group) -> None:
+    """Kafka takes any bytes as a name, and a client that gives up on them gives up on the partition for ever."""
+
+    class Bytes(str):
+        """A name whose bytes are no UTF-8."""
+
+        def encode(self, *_: object) -> bytes:  # type: ignore[override]
+            return b"\xff\xfe"
+
+    producer = KafkaProducer(bootstrap_servers=group.kafka.bootstrap)
+    odd, good = (Bytes("x"), b"1"), ("tenant", b"a")
+    for headers in ([odd], [odd, good], [good, odd], [good]):
+        producer.send(group.odd, b"value", headers=headers).get(30)
+    producer.close()
+    records: list[Record] = []
+    reader = group.reader(topic=group.odd)
+    until(lambda: records.extend(group.first_batch(reader).records) or len(records) == 4, seconds=60, every=0)
+    assert [record.value for record in records] == [b"value"] * 4
+    assert [record.headers for record in records] == [(), (), (), (good,)]
+
+
+def test_a_compression_bomb_costs_its_own_place_alone(group: Group) -> None:
+    """110 MB in four kilobytes pass the broker's limit, and the client asks for them again and again without end."""
+    group.kafka.produce(group.odd, [(b"k", b"before", ())])
+    large = {"message.max.bytes": 200_000_000, "queue.buffering.max.kbytes": 200_000, "compression.type": "zstd"}
+    bomber = Producer({**group.kafka.client(), **large})
+    bomber.produce(group.odd, bytes(110_000_000))
+    assert bomber.flush(60) == 0
+    group.kafka.produce(group.odd, [(b"k", b"after", ())])
+    reader = group.reader(topic=group.odd)
+    found: dict[int, bytes | None] = {}
+
+    def whole() -> bool:
+        batch = reader.read(0.2)
+        if batch is not None:
+            found.update({record.offset: record.value for record in batch.records})
+        return len(found) == 3
+
+    until(whole, seconds=60, every=0)
+    assert found == {0: b"before", 1: None, 2: b"after"}
+    places = [Place(topic=group.odd, partition=0, offset=offset) for offset in range(3)]
+    lookback = Lookback(group.kafka.client())
+    assert {place.offset: record.value for place, record in lookback.read(places).items()} == {
+        0: b"before",
+        2: b"after",
+    }
+    lookback.close()
+    tail = TopicTail(group.kafka.client(), group.odd)
+    read: list[Record] = []
+    tail.catch_up(read.append)
+    tail.close()
+    assert {record.offset: record.value for record in read} == found
+
+
+def test_a_member_whose_name_another_one_has_says_so(group: Group) -> None:
+    """Without anything in flight it would hold no partition, do nothing, and call itself ready for ever."""
+    one = group.reader(member_id="a")
+    group.first_batch(one)
+    two = group.reader(member_id="a")
+
+    def fenced() -> bool:
+        two.read(0.05)
+        try:
+            one.read(0.05)
+        except Superseded:
+            return True
+        return False
+
+    until(fenced, seconds=60, every=0)
