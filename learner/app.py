@@ -428,7 +428,14 @@ class LearnerApp:
             logger.warning("a control message is refused: %s", refusal)
             self.metrics.control.labels("unknown", "refused").inc()
             return
-        await self.act(request)
+        while not self._ending.is_set():
+            try:
+                await self.act(request)
+                return
+            except RetryLater as error:
+                # The topic will not bring it again.
+                logger.warning("control: %s of %s waits: %s", request.action, request.stream, error)
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def act(self, request: ControlRequest) -> ControlAnswer:
         """Do what is asked, or say why not; either way the audit topic is told."""
@@ -458,9 +465,16 @@ class LearnerApp:
         )
         self.metrics.control.labels(request.action, "accepted" if accepted else "refused").inc()
         logger.info("control: %s %s by %s: %s", request.action, request.stream, request.who or "unnamed", message)
-        with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
-            tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
-        return answer
+        while True:
+            try:
+                with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
+                    tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
+                return answer
+            except RetryLater as error:
+                # It is done, so it must not be asked for again because of this.
+                logger.warning("control: the audit topic is told later of %s: %s", request.id, error)
+                if self._ending.wait(RETRY_SECONDS):
+                    return answer
 
     def _learner(self, stream: str) -> OnlineLearner:
         learner = self.parts.learners.get(stream)
@@ -691,7 +705,10 @@ class LearnerApp:
                     asked = ControlRequest.model_validate({**body, "action": what, "stream": stream})
                 except (ValueError, TypeError, RecursionError) as error:
                     return shell.json(self, {"error": str(error)}, 400)
-                answer = await learner.act(asked)
+                try:
+                    answer = await learner.act(asked)
+                except RetryLater as error:
+                    return shell.json(self, {"error": f"not done, ask again: {error}"}, 503)
                 return shell.json(self, answer.model_dump(mode="json"), 202 if answer.accepted else 409)
 
     async def _drain(self) -> None:
