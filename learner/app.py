@@ -479,7 +479,8 @@ class LearnerApp:
                 await self.act(request)
                 return
             except RetryLater as error:
-                logger.warning("control: %s; trying again", error)
+                # The topic will not bring it again.
+                logger.warning("control: %s of %s waits: %s", request.action, request.stream, error)
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def act(self, request: ControlRequest) -> ControlAnswer:
@@ -529,9 +530,16 @@ class LearnerApp:
         )
         self.metrics.control.labels(request.action, "accepted" if accepted else "refused").inc()
         logger.info("control: %s %s by %s: %s", request.action, request.stream, request.who or "unnamed", message)
-        with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
-            tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
-        return answer
+        while True:
+            try:
+                with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
+                    tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
+                return answer
+            except RetryLater as error:
+                # It is done, so it must not be asked for again because of this.
+                logger.warning("control: the audit topic is told later of %s: %s", request.id, error)
+                if self._ending.wait(RETRY_SECONDS):
+                    return answer
 
     def _learner(self, stream: str) -> OnlineLearner:
         learner = self.parts.learners.get(stream)
@@ -795,7 +803,7 @@ class LearnerApp:
                 try:
                     answer = await learner.act(asked)
                 except RetryLater as error:
-                    return shell.json(self, {"error": str(error)}, 503)
+                    return shell.json(self, {"error": f"not done, ask again: {error}"}, 503)
                 return shell.json(self, answer.model_dump(mode="json"), 202 if answer.accepted else 409)
 
     async def _drain(self) -> None:

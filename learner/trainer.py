@@ -50,10 +50,11 @@ from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from replay.snapshot import write_snapshot
 from replay.store import LearnerStore, Transaction
-from stream.errors import TrimtabError
+from stream.errors import RetryLater, TrimtabError
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 0.5
 EMBED_AT_ONCE = 256
 """Examples embedded between two looks at whether the run is still wanted."""
 KEPT_OF_A_JOB = frozenset({"log.txt"})
@@ -383,7 +384,14 @@ class Trainer:
                 tx.update_run(run, state=state, finished=True, detail={"reason": reason})
 
         try:
-            self._learn(write).result()
+            while True:
+                try:
+                    self._learn(write).result()
+                    return
+                except RetryLater as error:
+                    logger.warning("the end of run %s cannot be written yet: %s", run, error)
+                    if self._stop.wait(RETRY_SECONDS):
+                        return  # the next start sees a run that was cut off
         except Exception:
             logger.exception("the end of run %s could not be written", run)
 

@@ -14,6 +14,7 @@ may be shared between threads.
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 import time
@@ -32,6 +33,17 @@ logger = logging.getLogger(__name__)
 
 Partition = tuple[str, int]
 Guarantee = Literal["at_least_once", "exactly_once"]
+
+FENCED = frozenset(
+    {
+        KafkaError._FENCED,
+        KafkaError.FENCED_INSTANCE_ID,
+        KafkaError.INVALID_PRODUCER_EPOCH,
+        KafkaError.PRODUCER_FENCED,
+    }
+)
+UNREADABLE = frozenset({KafkaError._BAD_COMPRESSION, KafkaError._BAD_MSG})
+"""What the client says of a message that it cannot unpack: one that would be too large (100 MB), or is damaged."""
 
 TRANSACTION_TIMEOUT_MS = 10_000
 """How long a worker killed in mid-transaction can hide what others commit after it on its partitions."""
@@ -73,6 +85,7 @@ class Batch:
         follows: per partition, the end of the batch before; absent for the first one since assignment.
         ends: per partition, the offset to commit once every record is answered.
         generation: the assignment the batch was read under; batches of an older one are dropped.
+        member: who the reader was in the group under that assignment, for the broker to check; None without a group.
     """
 
     records: Sequence[Record]
@@ -80,6 +93,7 @@ class Batch:
     ends: Mapping[Partition, int]
     generation: int
     read_at: float = field(default_factory=time.time)
+    member: Any = None
 
 
 class Reader(Protocol):
@@ -147,6 +161,10 @@ class KafkaReader:
         self._begun: dict[Partition, int] = {}
         self._held: set[Partition] = set()
         self._generation = 0
+        self._member: Any = None
+        self._topic = topics[0]
+        self._away = False
+        self._fatal: KafkaError | None = None
         self._rewind = threading.Event()
         properties = {
             **connection,
@@ -164,7 +182,7 @@ class KafkaReader:
             # fast model on a log that it reads from behind.
             "fetch.queue.backoff.ms": 10,
             "queued.min.messages": max(10_000, settings.batch_events * 4),
-            "error_cb": _log_client_error,
+            "error_cb": self._on_error,
             **({"group.instance.id": member_id} if member_id else {}),
         }
         self.consumer = Consumer(properties)
@@ -178,26 +196,35 @@ class KafkaReader:
         generation = self._generation
         first = self.consumer.consume(1, timeout)
         if not first:
+            self._check_client()
             return None
         rest = []
         if self.settings.batch_events > 1:
             rest = self.consumer.consume(self.settings.batch_events - 1, self.settings.batch_seconds)
         if generation != self._generation:
-            # A rebalance in between: what was read before it may belong to someone else now.
-            first = [m for m in first if (m.topic(), m.partition()) in self._held]
+            # A rebalance in between: what was read before it is someone else's now, or comes again.
+            first = []
         return self._batch([*first, *rest])
 
     def _batch(self, messages: list[Message]) -> Batch | None:
         records: list[Record] = []
         follows: dict[Partition, int] = {}
         ends: dict[Partition, int] = {}
+        unreadable: set[Partition] = set()
         for message in messages:
             error = message.error()
-            if error is not None:
+            if error is not None and error.code() in UNREADABLE:
+                partition = (message.topic(), message.partition())
+                if partition in unreadable:
+                    continue  # said twice before the seek
+                unreadable.add(partition)
+                record = step_over(self.consumer, message, ends.get(partition, self._next.get(partition)))
+            elif error is not None:
                 if error.fatal() or not (error.retriable() or error.code() == KafkaError._PARTITION_EOF):
                     _reraise(KafkaException(error))
                 continue
-            record = record_of(message)
+            else:
+                record = record_of(message)
             partition = (record.topic, record.partition)
             if partition not in ends and partition in self._next:
                 follows[partition] = self._next[partition]
@@ -206,7 +233,32 @@ class KafkaReader:
         if not records:
             return None
         self._next.update(ends)
-        return Batch(records, follows, ends, self._generation)
+        return Batch(records, follows, ends, self._generation, member=self._member)
+
+    def _on_error(self, error: KafkaError) -> None:
+        _log_client_error(error)
+        if error.code() == KafkaError._ALL_BROKERS_DOWN:
+            self._away = True
+        if error.fatal() or error.code() == KafkaError._FATAL:
+            self._fatal = error
+
+    def _check_client(self) -> None:
+        """Return where nothing was read because nothing is there.
+
+        The client itself gives an empty answer as well while no broker can be reached, and when it is fenced.
+
+        Raises:
+            RetryLater: no broker answers.
+            Superseded: another member with the same id took over, or the client cannot go on.
+        """
+        if self._fatal is not None:
+            raise Superseded(f"another member took over, or the client cannot go on: {self._fatal.str()}")
+        if self._away:
+            try:
+                self.consumer.list_topics(self._topic, timeout=1)
+            except KafkaException as error:
+                raise RetryLater(f"no broker answers: {error.args[0].str()}") from error
+            self._away = False
 
     def rewind(self) -> None:
         self._generation += 1
@@ -257,6 +309,9 @@ class KafkaReader:
 
     def _on_assign(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._generation += 1
+        # Asked for when the batch is committed, it would name an assignment that the batch was not read under, and the
+        # broker would take answers to events that someone else has answered meanwhile.
+        self._member = consumer.consumer_group_metadata()
         self._held.update((p.topic, p.partition) for p in partitions)
         for p in partitions:
             self._next.pop((p.topic, p.partition), None)
@@ -321,26 +376,31 @@ class KafkaWriter:
         self._committed: dict[Partition, int] = {}
         self._generation = -1
         self._failed: list[str] = []
-        self._producer = Producer(
-            {
-                **connection,
-                "partitioner": "murmur2_random",
-                "enable.idempotence": True,
-                "linger.ms": 5,
-                "queue.buffering.max.messages": 1_000_000,
-                "error_cb": _log_client_error,
-                # One call into Python for each message that failed, none for the many that did not.
-                "delivery.report.only.error": True,
-                "on_delivery": self._on_delivery,
-                **(
-                    {"transactional.id": transactional_id, "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS}
-                    if self._transactions
-                    else {"delivery.timeout.ms": 60_000}
-                ),
-            }
-        )
+        self._properties = {
+            **connection,
+            "partitioner": "murmur2_random",
+            "enable.idempotence": True,
+            "linger.ms": 5,
+            "queue.buffering.max.messages": 1_000_000,
+            "error_cb": _log_client_error,
+            # One call into Python for each message that failed, none for the many that did not.
+            "delivery.report.only.error": True,
+            "on_delivery": self._on_delivery,
+            **(
+                {"transactional.id": transactional_id, "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS}
+                if self._transactions
+                else {"delivery.timeout.ms": 60_000}
+            ),
+        }
+        self._broken = False
+        self._open()
+
+    def _open(self) -> None:
+        self._producer = Producer(self._properties)
         if self._transactions:
+            # Whatever transaction was left open under this id is aborted by it.
             self._call(lambda: self._producer.init_transactions(30))
+        self._broken = False
 
     def write(self, batch: Batch, messages: Sequence[Outgoing]) -> None:
         """Write all messages and commit the batch; on any error nothing of it is committed.
@@ -351,9 +411,11 @@ class KafkaWriter:
             OffsetGap: the batch does not follow the last one committed.
         """
         self._check_follows(batch)
+        if self._broken:
+            self._open()
         offsets = [TopicPartition(topic, partition, end) for (topic, partition), end in batch.ends.items()]
         if self._transactions:
-            self._write_transaction(messages, offsets)
+            self._write_transaction(messages, offsets, batch.member)
         else:
             with self._seconds.labels("produce").time():
                 self._produce(messages)
@@ -378,29 +440,37 @@ class KafkaWriter:
                     "a batch in between was not answered"
                 )
 
-    def _write_transaction(self, messages: Sequence[Outgoing], offsets: list[TopicPartition]) -> None:
+    def _write_transaction(self, messages: Sequence[Outgoing], offsets: list[TopicPartition], member: Any) -> None:
         producer = self._producer
         try:
             with self._seconds.labels("produce").time():
                 producer.begin_transaction()
                 self._produce(messages)
             with self._seconds.labels("commit").time():
-                producer.send_offsets_to_transaction(offsets, self._reader.consumer.consumer_group_metadata(), 30)
+                producer.send_offsets_to_transaction(offsets, member, 30)
                 producer.commit_transaction(30)
         except KafkaException as error:
             self._abort(error)
+            if self._broken:
+                raise RetryLater(f"the transaction's end is not known: {error.args[0].str()}") from error
             _reraise(error)
         except BaseException:
             self._abort(None)
             raise
 
     def _abort(self, cause: KafkaException | None) -> None:
-        if cause is not None and cause.args[0].fatal():
-            return
-        try:
-            self._producer.abort_transaction(30)
-        except KafkaException as error:
-            logger.warning("the transaction could not be aborted; the broker will time it out: %s", error)
+        """Give the transaction up; where that fails, the producer is given up with it, and the next one aborts it."""
+        failed = cause
+        if cause is None or not cause.args[0].fatal():
+            try:
+                self._producer.abort_transaction(30)
+                return
+            except KafkaException as error:
+                failed = error
+        assert failed is not None
+        if failed.args[0].code() not in FENCED:
+            logger.warning("the producer is made anew, which aborts its transaction: %s", failed)
+            self._broken = True
 
     def _produce(self, messages: Sequence[Outgoing]) -> None:
         produce = self._producer.produce
@@ -444,9 +514,38 @@ def record_of(message: Message) -> Record:
         message.offset(),
         message.key(),
         message.value(),
-        tuple(message.headers() or ()),
+        _headers_of(message),
         message.timestamp()[1],
     )
+
+
+def _headers_of(message: Message) -> Headers:
+    """The headers; none of them where a name is not UTF-8, which Kafka takes and the client makes a mess of."""
+    try:
+        found = message.headers()
+    except (SystemError, UnicodeDecodeError):
+        return ()
+    if not found:
+        return ()
+    # In place of such a name the client (2.16) may leave a null pointer, and to look at it ends the process. The
+    # garbage collector's view of a pair passes over it.
+    if any(len(gc.get_referents(pair)) != 2 for pair in found):
+        return ()
+    return tuple(found)
+
+
+def step_over(consumer: Consumer, message: Message, position: int | None) -> Record:
+    """The place of a message that the client cannot unpack, without key and value, and the reading goes on after it.
+
+    Args:
+        message: the client's complaint, which names the first offset of the compressed batch that it lies in.
+        position: the next offset to read, where it is known.
+    """
+    topic, partition, first = message.topic(), message.partition(), message.offset()
+    offset = first if position is None else max(first, position)
+    logger.error("%s[%d]@%d cannot be read and is stepped over: %s", topic, partition, offset, message.error())
+    consumer.seek(TopicPartition(topic, partition, offset + 1))
+    return Record(topic, partition, offset, None, None)
 
 
 class TopicTail:
@@ -467,6 +566,7 @@ class TopicTail:
             }
         )
         self._at_end: set[int] = set()
+        self._next: dict[int, int] = {}
 
     def catch_up(self, deliver: Callable[[Record], None], timeout: float = 60.0) -> int:
         """Deliver everything up to the end of every partition; returns how many records that were.
@@ -509,12 +609,19 @@ class TopicTail:
     def poll(self, timeout: float) -> list[Record]:
         """Records that came within `timeout` seconds."""
         records = []
+        unreadable: set[int] = set()
         for message in self._consumer.consume(1000, timeout):
             error = message.error()
             if error is None:
                 records.append(record_of(message))
+                self._next[message.partition()] = message.offset() + 1
             elif error.code() == KafkaError._PARTITION_EOF:
                 self._at_end.add(message.partition())
+            elif error.code() in UNREADABLE:
+                if message.partition() not in unreadable:
+                    unreadable.add(message.partition())
+                    records.append(step_over(self._consumer, message, self._next.get(message.partition())))
+                    self._next[message.partition()] = records[-1].offset + 1
             elif error.fatal():
                 _reraise(KafkaException(error))
         return records
@@ -536,15 +643,10 @@ class TopicTail:
 def _reraise(error: KafkaException) -> None:
     """Turn a client error into the reaction it calls for."""
     cause = error.args[0]
-    fenced = {
-        KafkaError._FENCED,
-        KafkaError.FENCED_INSTANCE_ID,
-        KafkaError.INVALID_PRODUCER_EPOCH,
-        KafkaError.PRODUCER_FENCED,
-    }
-    if cause.code() in fenced:
+    if cause.code() in FENCED:
         raise Superseded(f"another member with the same id took over: {cause.str()}") from error
-    if cause.fatal():
+    # What a consumer that was fenced gives back is not said to be fatal, only called so.
+    if cause.fatal() or cause.code() == KafkaError._FATAL:
         raise Superseded(f"the client cannot go on: {cause.str()}") from error
     raise RetryLater(cause.str()) from error
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
-from stream.batches import record_of
+from stream.batches import UNREADABLE, record_of, step_over
 from stream.errors import RetryLater
 from stream.events import Place, Record
 
@@ -95,6 +95,9 @@ class Lookback:
                         found.append(record_of(message))
                 elif error.code() in NOT_THERE:
                     return found
+                elif error.code() in UNREADABLE:
+                    position = step_over(self._consumer, message, position).offset + 1
+                    break  # what came with it was read before the step
                 else:
                     raise RetryLater(f"{topic}[{partition}]: {error.str()}")
             if messages:

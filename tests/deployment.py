@@ -33,6 +33,7 @@ class Deployment:
         directory: where settings, state and logs lie.
         streams: the `streams:` block.
         overrides: other blocks.
+        partitions: of every topic.
     """
 
     def __init__(
@@ -42,15 +43,16 @@ class Deployment:
         directory: Path,
         streams: Mapping[str, Any],
         overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        partitions: int = 2,
     ) -> None:
         self.kafka, self.directory = kafka, directory
-        self.topics = Topics(prefix=prefix, partitions=2)
+        self.topics = Topics(prefix=prefix, partitions=partitions)
         self.learner_port = free_port()
         self.worker_port = free_port()
         self.processes: list[subprocess.Popen[bytes]] = []
         blocks: dict[str, Any] = {
             "kafka": {"bootstrap_servers": kafka.bootstrap},
-            "topics": {"prefix": prefix, "partitions": 2},
+            "topics": {"prefix": prefix, "partitions": partitions},
             "registry": {"url": str(directory / "registry"), "cache_dir": str(directory / "cache")},
             "worker": {"http": {"port": self.worker_port}, "threads": 1, "session_seconds": 6},
             "learner": {

@@ -103,6 +103,8 @@ class KafkaBroker:
         sasl: publish a SASL_SSL listener for this user instead of a plain one.
         settings: lines of server.properties to add or change.
         java_options: options of the Java machine; a benchmark gives `FULL_SPEED`.
+        proxied: ports (listens, tells) of one more plain listener, whose clients are told to come by the second port,
+            where a proxy is to be.
     """
 
     def __init__(
@@ -112,8 +114,10 @@ class KafkaBroker:
         sasl: Sasl | None = None,
         settings: Mapping[str, str] | None = None,
         java_options: Sequence[str] = QUICK_START,
+        proxied: tuple[int, int] | None = None,
     ) -> None:
         self.directory = directory
+        self._proxied = proxied
         self.sasl = sasl
         self.log = directory / "broker.log"
         self._settings = dict(settings or {})
@@ -400,6 +404,11 @@ class KafkaBroker:
             "num.io.threads": "4",
             "log.cleaner.dedupe.buffer.size": "8388608",
         }
+        if self._proxied:
+            listens, tells = self._proxied
+            lines["listeners"] += f",PROXIED://127.0.0.1:{listens}"
+            lines["advertised.listeners"] += f",PROXIED://127.0.0.1:{tells}"
+            lines["listener.security.protocol.map"] += ",PROXIED:PLAINTEXT"
         if self.sasl:
             lines |= {
                 "sasl.enabled.mechanisms": self.sasl.mechanism,

@@ -31,8 +31,8 @@ RULES = [
     StreamRules("probe", "telemetry", channels=("a", "b"), closed_labels=frozenset({"calm", "storm"})),
 ]
 AT = datetime(2024, 5, 1, tzinfo=UTC)
-ids = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), min_size=1, max_size=60)
-times = st.datetimes(timezones=st.just(UTC))
+ids = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=60)
+times = st.datetimes(datetime(2, 1, 1), datetime(9998, 12, 31), timezones=st.just(UTC))  # noqa: DTZ001
 numbers = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
 
 
@@ -210,3 +210,36 @@ def test_dead_letter_headers_come_after_the_original_ones() -> None:
     headers = dead_letter_headers(DeadLetter(Reason.RAGGED, "values", "rows differ", "e1"), record(b"x"), AT)
     assert headers[0] == ("h", b"1")
     assert dict(headers[1:])["trimtab-reason"] == b"ragged"
+
+
+@pytest.mark.parametrize("at", ["9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"])
+def test_a_time_that_is_none_in_utc_is_refused(at: str) -> None:
+    """Let through, one such label or event ended every learner that read it, again at each start."""
+    with pytest.raises(DeadLetter, match="year"):
+        Decoder(RULES).event(record(window(observed_at=at)))
+    label = {"event_id": "e", "stream": "notes", "label": "storm", "labelled_at": at}
+    with pytest.raises(DeadLetter, match="year"):
+        Decoder(RULES).label(record(json.dumps(label).encode()))
+
+
+def test_what_no_database_keeps_is_refused() -> None:
+    """PostgreSQL has no text with NUL and no whole number beyond 64 bits; the message would be read for ever."""
+    said = {"event_id": "e", "stream": "notes", "label": "storm", "labelled_at": "2024-05-01T00:00:00Z"}
+    for field in ("event_id", "labeller"):
+        with pytest.raises(DeadLetter, match=r"U\+0000"):
+            Decoder(RULES).label(record(json.dumps({**said, field: "a\0b"}).encode()))
+    answer = encode(
+        Prediction(
+            event_id="e",
+            stream="notes",
+            label=None,
+            probabilities={},
+            novelty=1.0,
+            model_version="v1.0",
+            ref=Place(topic="reports", partition=0, offset=7),
+            observed_at=AT,
+            predicted_at=AT,
+        )
+    )
+    with pytest.raises(DeadLetter, match="offset"):
+        Decoder(RULES).prediction(record(answer.replace(b'"offset":7', b'"offset":%d' % 2**63)))

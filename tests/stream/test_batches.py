@@ -1,0 +1,172 @@
+"""Batches on a real Kafka, across a rebalance: what was read before it is answered by whoever holds it after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from confluent_kafka import Message, Producer
+from kafka import KafkaProducer
+
+from monitoring.metrics import Metrics
+from stream.batches import Batch, BatchSettings, KafkaReader, KafkaWriter, Outgoing, TopicTail
+from stream.errors import RetryLater, Superseded
+from stream.events import Place, Record
+from stream.lookback import Lookback
+from tests.kafka import KafkaBroker
+from tests.waiting import until
+
+PARTITIONS = 2
+
+
+class Group:
+    """Readers of one group on one topic of two partitions, eight messages in each."""
+
+    def __init__(self, kafka: KafkaBroker, prefix: str) -> None:
+        self.kafka, self.prefix = kafka, prefix
+        self.events = kafka.create_topic(prefix + "events", PARTITIONS)
+        self.answers = kafka.create_topic(prefix + "answers", 1)
+        self.odd = kafka.create_topic(prefix + "odd", 1)
+        self.readers: list[KafkaReader] = []
+        for partition in range(PARTITIONS):
+            kafka.produce(self.events, [(b"k", b"%d" % n, ()) for n in range(8)], partition=partition)
+
+    def reader(self, batch_events: int = 4, topic: str = "", member_id: str | None = None) -> KafkaReader:
+        settings = BatchSettings(batch_events=batch_events, session_seconds=6, batch_seconds=0.2)
+        topics = [topic or self.events]
+        self.readers.append(KafkaReader(self.kafka.client(), self.prefix + "group", topics, settings, member_id))
+        return self.readers[-1]
+
+    def first_batch(self, reader: KafkaReader) -> Batch:
+        found: list[Batch] = []
+        until(lambda: (batch := reader.read(0.2)) is not None and found.append(batch) is None, seconds=30, every=0)
+        return found[0]
+
+    def share(self, one: KafkaReader, other: KafkaReader) -> None:
+        """Poll both until each holds a partition."""
+
+        def shared() -> bool:
+            one.read(0.05)
+            other.read(0.05)
+            return len(one._held) == len(other._held) == 1
+
+        until(shared, seconds=30, every=0)
+
+
+@pytest.fixture
+def group(kafka: KafkaBroker, topics: Callable[[], str]) -> Iterator[Group]:
+    made = Group(kafka, topics())
+    yield made
+    for reader in made.readers:
+        reader.close()
+
+
+def test_answers_to_what_was_read_before_a_rebalance_are_refused(group: Group) -> None:
+    """The reader is a member in good standing again, so only the assignment that the batch was read under tells."""
+    one = group.reader()
+    batch = group.first_batch(one)
+    writer = KafkaWriter(group.kafka.client(), one, "exactly_once", group.prefix + "one", Metrics())
+    group.share(one, group.reader())
+    with pytest.raises(RetryLater):
+        writer.write(batch, [Outgoing(group.answers, b"k", record.value) for record in batch.records])
+    writer.close()
+    assert group.kafka.consume_all(group.answers) == []
+    assert group.kafka.committed(group.prefix + "group", group.events) == {}
+
+
+def test_a_message_read_just_before_a_rebalance_is_not_twice_in_a_batch(group: Group) -> None:
+    """The first message of a batch may be older than the rebalance; after it, reading begins at the last commit."""
+    reader = group.reader()
+    group.first_batch(reader)
+    real = reader.consumer
+
+    class Rebalanced:
+        """The consumer, given the same partitions anew between the two halves of a read."""
+
+        def __init__(self) -> None:
+            self.read: list[Message] = []
+
+        def consume(self, count: int, timeout: float) -> list[Message]:
+            if not self.read:
+                self.read = real.consume(1, 10)
+                return self.read
+            reader._on_assign(real, real.assignment())
+            return [*self.read, *real.consume(count - 1, timeout)]
+
+    reader.consumer = Rebalanced()  # type: ignore[assignment]
+    batch = reader.read(1)
+    reader.consumer = real
+    assert batch is not None
+    places = [record.place for record in batch.records]
+    assert len(places) == len(set(places))
+
+
+def test_a_header_name_that_is_no_text_does_not_end_the_reader(group: Group) -> None:
+    """Kafka takes any bytes as a name, and a client that gives up on them gives up on the partition for ever."""
+
+    class Bytes(str):
+        """A name whose bytes are no UTF-8."""
+
+        def encode(self, *_: object) -> bytes:  # type: ignore[override]
+            return b"\xff\xfe"
+
+    producer = KafkaProducer(bootstrap_servers=group.kafka.bootstrap)
+    odd, good = (Bytes("x"), b"1"), ("tenant", b"a")
+    for headers in ([odd], [odd, good], [good, odd], [good]):
+        producer.send(group.odd, b"value", headers=headers).get(30)
+    producer.close()
+    records: list[Record] = []
+    reader = group.reader(topic=group.odd)
+    until(lambda: records.extend(group.first_batch(reader).records) or len(records) == 4, seconds=60, every=0)
+    assert [record.value for record in records] == [b"value"] * 4
+    assert [record.headers for record in records] == [(), (), (), (good,)]
+
+
+def test_a_compression_bomb_costs_its_own_place_alone(group: Group) -> None:
+    """110 MB in four kilobytes pass the broker's limit, and the client asks for them again and again without end."""
+    group.kafka.produce(group.odd, [(b"k", b"before", ())])
+    large = {"message.max.bytes": 200_000_000, "queue.buffering.max.kbytes": 200_000, "compression.type": "zstd"}
+    bomber = Producer({**group.kafka.client(), **large})
+    bomber.produce(group.odd, bytes(110_000_000))
+    assert bomber.flush(60) == 0
+    group.kafka.produce(group.odd, [(b"k", b"after", ())])
+    reader = group.reader(topic=group.odd)
+    found: dict[int, bytes | None] = {}
+
+    def whole() -> bool:
+        batch = reader.read(0.2)
+        if batch is not None:
+            found.update({record.offset: record.value for record in batch.records})
+        return len(found) == 3
+
+    until(whole, seconds=60, every=0)
+    assert found == {0: b"before", 1: None, 2: b"after"}
+    places = [Place(topic=group.odd, partition=0, offset=offset) for offset in range(3)]
+    lookback = Lookback(group.kafka.client())
+    assert {place.offset: record.value for place, record in lookback.read(places).items()} == {
+        0: b"before",
+        2: b"after",
+    }
+    lookback.close()
+    tail = TopicTail(group.kafka.client(), group.odd)
+    read: list[Record] = []
+    tail.catch_up(read.append)
+    tail.close()
+    assert {record.offset: record.value for record in read} == found
+
+
+def test_a_member_whose_name_another_one_has_says_so(group: Group) -> None:
+    """Without anything in flight it would hold no partition, do nothing, and call itself ready for ever."""
+    one = group.reader(member_id="a")
+    group.first_batch(one)
+    two = group.reader(member_id="a")
+
+    def fenced() -> bool:
+        two.read(0.05)
+        try:
+            one.read(0.05)
+        except Superseded:
+            return True
+        return False
+
+    until(fenced, seconds=60, every=0)
