@@ -42,6 +42,24 @@ def base_encoder(device: str) -> Encoder:
     return build_text_encoder(get_model_path(), device=device)
 
 
+def right_of(encoders: Mapping[str, Encoder], taught: int, asked: int) -> dict[str, float]:
+    """Percent of `asked` questions answered rightly through each encoder, by a head taught others in float32."""
+    from learner.heads import DEFAULT_WIDTH, HeadSums, quantise, solve
+
+    reports, labels = questions(taught + asked)
+    texts = [report.text for report in reports]
+    exact = encoders["float32"]
+    sums = HeadSums(exact.spec.dimension, exact.spec.bound, DEFAULT_WIDTH)
+    sums.add(quantise(exact.embed(texts[:taught]), exact.spec.bound), labels[:taught])
+    head = solve(sums)
+    assert head is not None
+    found = {}
+    for name, encoder in encoders.items():
+        answers = head.predict(encoder.embed(texts[taught:]))
+        found[name] = 100.0 * sum(a == b for a, b in zip(answers, labels[taught:], strict=True)) / asked
+    return found
+
+
 def forward(encoder: Encoder, texts: Sequence[str], batch: int, window: int, by_length: bool) -> tuple[float, float]:
     """Texts through tokeniser and network, `batch` at a time, no padding beyond a batch's longest.
 
@@ -83,7 +101,8 @@ def run_slot(config: Mapping[str, Any]) -> int:
     from monitoring.metrics import Metrics
 
     def model() -> Slot:
-        return Slot(Registry(config["registry"]), {STREAM: ()}, Metrics(), device=config["device"])
+        registry, device, precision = Registry(config["registry"]), config["device"], config["precision"]
+        return Slot(registry, {STREAM: ()}, Metrics(), device=device, precision=precision)
 
     return run_worker({**config, "stream": STREAM}, model)
 

@@ -2,7 +2,8 @@
 
 The worker reads short questions (CLINC150) from a real Kafka, tokenises, embeds, classifies among 150 classes
 and writes full predictions; the bare pass tokenises and embeds the same texts at its best batch size. They run
-in turn, each in a process of its own. See benchmarks/README.md for what is fair in that and what is not.
+in turn, each in a process of its own. The worker runs with each of its `precision`s, and what these cost in right
+answers is shown beside. See benchmarks/README.md for what is fair in that and what is not.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ import tempfile
 import uuid
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 
-from benchmarks.forward import STREAM, base_encoder, questions
+from benchmarks.forward import STREAM, base_encoder, questions, right_of
 from benchmarks.kafka import REPOSITORY, BenchmarkFailed, Contestant, Kafka, Passage, running_kafka
 from benchmarks.report import Contest, Result, Row, machine, options, publish, versions
+from learner.encoders import load_encoder
 from learner.heads import DEFAULT_WIDTH, HeadSums, quantise, solve
 from learner.registry import Pointer, Registry
+from learner.spec import Precision
 from stream.batches import BatchSettings
 from stream.errors import TrimtabError
 from stream.events import Report, encode, utc_now
@@ -31,6 +34,8 @@ from stream.events import Report, encode, utc_now
 EVENTS, QUICK_EVENTS = 6_144, 1_024
 TAUGHT = 600
 """Questions that the head is solved from; its cost does not depend on them."""
+LEARNED, ASKED = 3_000, 3_000
+"""Questions for the accuracy of each precision."""
 BATCHES = (16, 32, 64, 128, 256)
 PACKAGES = ("torch", "transformers", "tokenizers", "confluent-kafka", "faust-streaming", "pydantic", "numpy")
 
@@ -40,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _arguments(arguments)
     out, err = Console(), Console(stderr=True)
     before = machine()
-    rates: dict[str, list[float]] = {"worker": [], "bare": []}
-    cpu: dict[str, list[float]] = {"worker": [], "bare": []}
+    workers = {_name(precision): precision for precision in chosen.precision}
+    rates: dict[str, list[float]] = {name: [] for name in (*workers, "bare")}
+    cpu: dict[str, list[float]] = {name: [] for name in rates}
+    right: dict[str, float] = {}
     try:
         with ExitStack() as stack:
             registry = stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-registry-"))
@@ -49,22 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             reports, labels = questions(max(chosen.events, TAUGHT))
             pointer = teach(registry, reports[:TAUGHT], labels[:TAUGHT], chosen.device)
             events = [(report.event_id.encode(), encode(report)) for report in reports[: chosen.events]]
+            right = accuracies(registry, pointer, chosen)
             best = best_setting(chosen, err)
             with kafka.topic("events") as source, kafka.topic("versions", 1) as announced:
                 kafka.fill(source, events)
                 kafka.fill(announced, [(pointer.key, pointer.encode())])
                 for round_ in range(chosen.runs):
-                    for name in ("worker", "bare") if round_ % 2 == 0 else ("bare", "worker"):
+                    for name in rates if round_ % 2 == 0 else reversed(rates):
                         if name == "bare":
                             once = bare(chosen, chosen.events, [best])[0]
                             rates[name].append(once["rate"])
                             cpu[name].append(once["cpu"])
                         else:
-                            passage = work(kafka, source, announced, registry, chosen)
+                            passage = work(kafka, source, announced, registry, chosen, workers[name])
                             rates[name].append(passage.rate)
                             cpu[name].append(passage.cpu_per_event)
                         err.print(
-                            f"run {round_ + 1} of {chosen.runs}: {name:<6} {rates[name][-1]:>7,.1f} events/s, "
+                            f"run {round_ + 1} of {chosen.runs}: {name:<15} {rates[name][-1]:>7,.1f} events/s, "
                             f"{cpu[name][-1]:,.0f} µs of processor time an event",
                             highlight=False,
                             soft_wrap=True,
@@ -72,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (BenchmarkFailed, TrimtabError) as error:
         err.print(f"benchmarks.worker: {error}", style="red", markup=False)
         return 1
-    rows = Contest(None, rates, cpu).rows([("worker", "bare")])
+    rows = Contest(None, rates, cpu).rows([(name, "bare") for name in workers])
+    rows += [Row(name=_name(name), metric="accuracy", value=value, unit="%") for name, value in right.items()]
     rows.append(Row(name="bare", metric="best_batch", value=best[0], unit="texts"))
     publish(Result(benchmark="worker", machine=before, versions=versions(PACKAGES), rows=rows), chosen.json, out)
     return 0
@@ -97,6 +106,18 @@ def teach(url: str, reports: Sequence[Report], labels: Sequence[str], device: st
         sequence=1,
         announced_at=utc_now(),
     )
+
+
+def _name(precision: str) -> str:
+    return "worker" if precision == "float32" else f"worker_{precision}"
+
+
+def accuracies(url: str, pointer: Pointer, chosen: argparse.Namespace) -> dict[str, float]:
+    """What each precision costs: a share of right answers, the head being taught in float32 as by the learner."""
+    spec, files = Registry(url).encoder(pointer.encoder, "v1")
+    wanted = dict.fromkeys(("float32", *chosen.precision))
+    encoders = {name: load_encoder(spec, files, chosen.device, name) for name in wanted}
+    return right_of(encoders, *((TAUGHT, 300) if chosen.quick else (LEARNED, ASKED)))
 
 
 def best_setting(chosen: argparse.Namespace, console: Console) -> tuple[int, bool]:
@@ -130,7 +151,9 @@ def bare(chosen: argparse.Namespace, texts: int, settings: Sequence[tuple[int, b
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def work(kafka: Kafka, source: str, announced: str, registry: str, chosen: argparse.Namespace) -> Passage:
+def work(
+    kafka: Kafka, source: str, announced: str, registry: str, chosen: argparse.Namespace, precision: str
+) -> Passage:
     """The worker once through the events."""
     with ExitStack() as topics:
         predictions = topics.enter_context(kafka.topic("predictions"))
@@ -146,6 +169,7 @@ def work(kafka: Kafka, source: str, announced: str, registry: str, chosen: argpa
             "batch": chosen.batch,
             "registry": registry,
             "device": chosen.device,
+            "precision": precision,
             "threads": chosen.threads,
         }
         with Contestant("worker", "benchmarks.forward", config) as contestant:
@@ -171,6 +195,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help=f"most events the worker reads at a time (default {usual})",
     )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads of the network (default: torch's)")
+    parser.add_argument(
+        "--precision", nargs="+", choices=get_args(Precision), default=list(get_args(Precision)), help="(default: all)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--bootstrap", metavar="HOST:PORT", help="a Kafka that runs already, instead of one of our own")
     chosen = parser.parse_args(arguments)

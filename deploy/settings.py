@@ -36,6 +36,7 @@ from learner.exam import ExamSettings, GuardSettings
 from learner.finetune import FineTuneSettings
 from learner.heads import DEFAULT_WIDTH
 from learner.shadow import ShadowSettings
+from learner.spec import Precision
 from learner.trust import TrustSettings
 from monitoring.drift import DriftSettings
 from replay.policy import ReplaySettings
@@ -126,6 +127,11 @@ class WorkerSettings(BatchSettings):
         "a restart; each replica needs another",
     )
     device: Device = Field(default="auto", description="where the model computes; auto: a GPU where there is one")
+    precision: Precision = Field(
+        default="float32",
+        description="of text models: bfloat16 or, on a CPU, int8 answer faster and a little less exactly; "
+        "`python -m benchmarks.worker` shows both here",
+    )
     threads: int | None = Field(
         default=None, ge=1, le=1024, description="CPU threads of the model; torch's own if unset"
     )

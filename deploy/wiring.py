@@ -107,6 +107,7 @@ def run_worker(
             {rule.name: rule.channels for rule in stream_rules},
             metrics,
             device=device_of(settings.worker.device),
+            precision=settings.worker.precision,
             top_k=TOP_K,
             pin=dict(pin or {}),
         )

@@ -10,9 +10,11 @@ encoder is built: a worker that serves only telemetry pays for neither.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -24,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from learner.spec import EncoderSpec, TelemetryConfig, TextConfig
+from learner.spec import EncoderSpec, Precision, TelemetryConfig, TextConfig
 from learner.telemetry import TelemetryModule, plan, seeded
 from stream.errors import Misconfigured
 from stream.events import Event, Report
@@ -145,14 +147,22 @@ def build_telemetry_encoder(
     return TelemetryEncoder(seeded(config), config, device)
 
 
-def load_encoder(spec: EncoderSpec, files: Mapping[str, Path], device: str | torch.device = "cpu") -> Encoder:
+def load_encoder(
+    spec: EncoderSpec,
+    files: Mapping[str, Path],
+    device: str | torch.device = "cpu",
+    precision: Precision = "float32",
+) -> Encoder:
     """Rebuild the encoder that `spec` and its files describe, with the same bits.
 
     The caller has verified the files' digests. Nothing of the weights' size is allocated before their
     shapes are known to be the spec's.
 
+    Args:
+        precision: of a text encoder that is only to answer; telemetry is always float32.
+
     Raises:
-        Misconfigured: a file is missing, or its names, shapes or sizes are not those of the spec.
+        Misconfigured: int8 on a GPU, a file is missing, or its names, shapes or sizes are not those of the spec.
     """
     needed = (WEIGHTS, TOKENIZER, CONFIG) if spec.kind == "text" else (WEIGHTS,)
     for name in needed:
@@ -166,7 +176,14 @@ def load_encoder(spec: EncoderSpec, files: Mapping[str, Path], device: str | tor
             _load(module, safetensors.torch.load_file(files[WEIGHTS]), files[WEIGHTS])
             _check_output(module, spec)
             encoder: Encoder = TextEncoder(
-                module, tokenizer, text, files[TOKENIZER].read_bytes(), files[CONFIG].read_bytes(), device, spec
+                module,
+                tokenizer,
+                text,
+                files[TOKENIZER].read_bytes(),
+                files[CONFIG].read_bytes(),
+                device,
+                spec,
+                precision,
             )
         else:
             telemetry = TelemetryConfig.model_validate(spec.config)
@@ -199,6 +216,24 @@ class TextModule(nn.Module):
         return nn.functional.normalize(pooled.float(), dim=1)
 
 
+def _faster(module: TextModule, device: torch.device, precision: Precision) -> nn.Module:
+    """The same network for answering only, its weights rounded; the module itself for float32."""
+    if precision == "float32":
+        return module
+    if precision == "bfloat16":
+        return copy.deepcopy(module).to(torch.bfloat16)
+    if device.type != "cpu":
+        raise Misconfigured("int8 is for the CPU; use bfloat16 on a GPU")
+    with warnings.catch_warnings():
+        # torch says that this moved to torchao, whose own is fast only where a C++ compiler is installed.
+        warnings.simplefilter("ignore")
+        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+        layers = {nn.Linear: per_channel_dynamic_qconfig}
+        quantised: nn.Module = quantize_dynamic(module, layers, dtype=torch.qint8)  # type: ignore[no-untyped-call]
+        return quantised
+
+
 class TextEncoder:
     """A text encoder; see `Encoder`."""
 
@@ -211,8 +246,10 @@ class TextEncoder:
         config_file: bytes,
         device: str | torch.device,
         spec: EncoderSpec | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self.module = module.eval().to(device)
+        self._answering = _faster(self.module, torch.device(device), precision)
         self._device = torch.device(device)
         self._tokenizer = tokenizer
         self._config = config
@@ -230,7 +267,7 @@ class TextEncoder:
         with torch.inference_mode():
             for rows in _batches([len(ids) for ids in tokens], budget):
                 batch = _pad_tokens([tokens[row] for row in rows]).to(self._device, non_blocking=True)
-                out[rows] = self.module(batch).cpu().numpy()
+                out[rows] = self._answering(batch).cpu().numpy()
         return np.clip(out, -1.0, 1.0, out=out)
 
     def files(self) -> dict[str, bytes]:

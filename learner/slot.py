@@ -24,7 +24,7 @@ import numpy as np
 from learner.encoders import Encoder, load_encoder, payload
 from learner.heads import LinearHead
 from learner.registry import BrokenVersion, Digest, Fault, Pointer, Registry
-from learner.spec import EncoderSpec
+from learner.spec import EncoderSpec, Precision
 from monitoring.metrics import Metrics
 from stream.errors import Misconfigured, RetryLater
 from stream.events import Event
@@ -54,13 +54,14 @@ class Slot:
         channels: the streams this process answers, each with its telemetry channels in order, none for text.
         metrics: told of swaps, refusals and what is in service.
         device: where the encoders run.
+        precision: how text encoders compute; see `learner.spec.Precision`.
         top_k: how many classes an answer names.
         pin: revisions such as `v1.37`, by stream, that answer whatever is announced.
         retry_seconds: how long to wait before weights that could not be fetched are asked for again.
         clock: seconds since 1970.
 
     Raises:
-        Misconfigured: a pinned stream is not known, or its revision cannot be loaded.
+        Misconfigured: int8 is asked of a GPU, a pinned stream is not known, or its revision cannot be loaded.
         RetryLater: a pinned revision cannot be fetched now.
     """
 
@@ -71,15 +72,18 @@ class Slot:
         metrics: Metrics,
         *,
         device: str = "cpu",
+        precision: Precision = "float32",
         top_k: int = 5,
         pin: Mapping[str, str] | None = None,
         retry_seconds: float = 5.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        if precision == "int8" and device != "cpu":
+            raise Misconfigured("worker.precision is int8, which is for the CPU; set bfloat16, or worker.device to cpu")
         self._registry = registry
         self._channels = {stream: tuple(names) for stream, names in channels.items()}
         self._metrics = metrics
-        self._device = device
+        self._device, self._precision = device, precision
         self._top_k = top_k
         self._retry_seconds = retry_seconds
         self._clock = clock
@@ -278,7 +282,7 @@ class Slot:
         if encoder is None:
             spec, files = self._registry.encoder(digest, what)
             try:
-                encoder = load_encoder(spec, files, self._device)
+                encoder = load_encoder(spec, files, self._device, self._precision)
             except Misconfigured as error:
                 raise BrokenVersion(what, Fault.MALFORMED, str(error), _REMEDY) from error
             self._encoders[digest] = encoder

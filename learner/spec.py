@@ -10,6 +10,9 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+Precision = Literal["float32", "bfloat16", "int8"]
+"""How a text encoder multiplies where it only answers; weights are stored, trained and learned from in float32."""
+
 
 class EncoderSpec(BaseModel):
     """All that is needed, with the files it names, to rebuild an encoder.

@@ -32,6 +32,7 @@ from learner.encoders import (
     load_encoder,
     payload,
 )
+from learner.spec import Precision
 from learner.telemetry import TelemetryModule
 from stream.errors import Misconfigured
 from stream.events import Report, Telemetry
@@ -286,6 +287,17 @@ def test_a_text_encoder_is_rebuilt_bit_for_bit(text: Encoder, tmp_path: Path) ->
     assert set(text.spec.files) == {WEIGHTS, TOKENIZER, CONFIG}
     assert loaded.spec == text.spec
     assert loaded.embed(texts).tobytes() == text.embed(texts).tobytes()
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+def test_a_faster_encoder_gives_nearly_the_same_embeddings(precision: Precision, text: Encoder, tmp_path: Path) -> None:
+    """A worker may round the weights to answer faster; what it says must hardly change, and its files not at all."""
+    faster = load_encoder(text.spec, written(text.files(), tmp_path), precision=precision)
+    asked = [" ".join(WORDS[: 1 + i % 8]) for i in range(20)]
+    exact, found = text.embed(asked), faster.embed(asked)
+    assert not np.array_equal(found, exact)
+    assert (found * exact).sum(axis=1).min() > 0.95
+    assert faster.files() == text.files()
 
 
 def test_trained_weights_and_statistics_are_in_the_sealed_spec(tmp_path: Path) -> None:
