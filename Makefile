@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Many tests wait for processes that they started, so two files of tests at a time keep two processors busy; 0: one by one.
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format bench clean
@@ -23,7 +25,7 @@ demo: $(INSTALLED) ## Watch a pipeline learn from late labels on real data (abou
 	$(BIN)/trimtab demo
 
 test: $(INSTALLED) ## Run all tests; real Kafka needs Java 17 and Maven, the console Chromium, real Prometheus its package.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED) ## Lint, types, and the order of the rooms.
 	$(BIN)/ruff check .

@@ -25,9 +25,15 @@ def missing(what: str) -> NoReturn:
     pytest.skip(what)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the tests, those that mostly wait for processes go first and the others fill gaps."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.parent.name not in ("integration", "chaos"))
+
+
 @pytest.fixture(scope="session")
 def kafka(tmp_path_factory: pytest.TempPathFactory) -> Iterator[KafkaBroker]:
-    """One real Kafka for the whole run; a test that kills a broker starts its own with `KafkaBroker`."""
+    """One real Kafka for the whole run, or for each of its workers; a test that kills one starts its own."""
     broker = KafkaBroker(tmp_path_factory.mktemp("kafka"))
     try:
         broker.start()

@@ -17,8 +17,7 @@ import yaml
 
 from stream.events import Event, Label, Prediction, Record, encode, utc_now
 from stream.kafka import KafkaSettings, Topics, create_topics
-from stream.service import free_port
-from tests.kafka import KafkaBroker
+from tests.kafka import KafkaBroker, free_ports
 from tests.waiting import until
 
 REPOSITORY = Path(__file__).parents[1]
@@ -47,8 +46,7 @@ class Deployment:
     ) -> None:
         self.kafka, self.directory = kafka, directory
         self.topics = Topics(prefix=prefix, partitions=partitions)
-        self.learner_port = free_port()
-        self.worker_port = free_port()
+        self.learner_port, self.worker_port, _ = free_ports()
         self.processes: list[subprocess.Popen[bytes]] = []
         blocks: dict[str, Any] = {
             "kafka": {"bootstrap_servers": kafka.bootstrap},

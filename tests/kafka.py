@@ -6,6 +6,7 @@ into `.cache/kafka` under the repository. Import it as `tests.kafka`; plain `kaf
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import random
@@ -498,7 +499,11 @@ def jars() -> Path:
     if maven is None:
         raise KafkaUnavailable(f"a real Kafka needs Maven to fetch its jars into {cache}: no `mvn` on the PATH")
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as working:
+    # Maven's own repository is not safe for two at a time, and whoever waited finds the jars there.
+    with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as working:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.is_dir():
+            return folder
         fetched = Path(working) / "libs"
         arguments = ["-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={fetched}"]
         done = subprocess.run([maven, *arguments], capture_output=True, text=True, timeout=600)

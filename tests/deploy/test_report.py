@@ -192,12 +192,14 @@ def test_the_order_of_consuming_changes_nothing(seed: int) -> None:
 def test_naive_rivals_agree_with_their_definition(seed: int) -> None:
     """The running counts are fast; the definition is slow and plain."""
     made = example(seed)
-    scored = [one for one in first_predictions(made.predictions) if standing_labels(made.labels).get(one.event_id)]
+    truths = standing_labels(made.labels)
+    scored = [one for one in first_predictions(made.predictions) if truths.get(one.event_id)]
+    arriving = sorted(made.labels, key=lambda x: (x.at, x.label.labelled_at))
     hits = Counter[str]()
     for one in scored:
         known: dict[str, Arrived] = {}
         news: list[Arrived] = []
-        for label in sorted(made.labels, key=lambda x: (x.at, x.label.labelled_at)):
+        for label in arriving:
             mine = label.label.event_id == one.event_id
             if label.at > one.predicted_at or mine or any(label.label == earlier.label for earlier in news):
                 continue
@@ -207,7 +209,7 @@ def test_naive_rivals_agree_with_their_definition(seed: int) -> None:
                 known[label.label.event_id] = label
         counts = Counter(label.label.label for label in known.values())
         best = min(counts, key=lambda name: (-counts[name], str(name))) if counts else None
-        truth = standing_labels(made.labels)[one.event_id]
+        truth = truths[one.event_id]
         hits["majority"] += best == truth
         hits["no_change"] += bool(news) and news[-1].label.label == truth
     report = summarise(made)

@@ -61,6 +61,11 @@ def alert_name(expression: str) -> str:
     return name[1]
 
 
+def minutes(duration: str) -> int:
+    """Minutes of a duration such as `90m` or `36h`."""
+    return int(duration[:-1]) * {"m": 1, "h": 60}[duration[-1]]
+
+
 ALERTS = [rule for rule in rules() if "alert" in rule]
 
 
@@ -88,8 +93,11 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     fires: set[str] = set()
     silent: set[str] = set()
     for file in TESTS:
-        for case in yaml.safe_load((PROMETHEUS / file).read_text())["tests"]:
+        found = yaml.safe_load((PROMETHEUS / file).read_text())
+        for case in found["tests"]:
             for check in case["promql_expr_test"]:
+                # Between two evaluations nothing fires, so a silent case would say nothing.
+                assert minutes(check["eval_time"]) % minutes(found["evaluation_interval"]) == 0, check
                 (fires if check["exp_samples"] else silent).add(alert_name(check["expr"]))
     names = {rule["alert"] for rule in ALERTS}
     assert fires == names

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from stream.errors import Misconfigured, RetryLater
 from stream.kafka import KINDS, KafkaSettings, Topics, admin_client, check_broker, check_topics, create_topics
 from tests.kafka import KafkaBroker, Sasl
+from tests.waiting import until
 
 SECURED = {"security_protocol": "SASL_SSL", "sasl_mechanism": "SCRAM-SHA-512", "sasl_username": "trimtab"}
 PASSWORD = "correct-horse-battery"
@@ -249,6 +250,7 @@ def test_labels_and_predictions_need_equal_partitions(kafka: KafkaBroker, topics
     assert f"--alter --topic {labels} --partitions 2" in str(refused.value)
     with admin_client(settings) as client:
         client.create_partitions({labels: 2})
+    until(lambda: len(kafka.partitions(labels)) == 2)
     assert check_topics(settings, names)[labels] == 2
 
 
