@@ -193,8 +193,8 @@ class KafkaReader:
     def read(self, timeout: float) -> Batch | None:
         if self._rewind.is_set():
             self._seek_to_commits()
-        generation = self._generation
         first = self.consumer.consume(1, timeout)
+        generation = self._generation
         if not first:
             self._check_client()
             return None

@@ -182,9 +182,16 @@ class Chaos:
         self.field.broker.start()
 
     def network_cut(self) -> None:
+        role = self.worker()
+        served = self.field.ready(role)
         self.field.proxy.cut()
-        self.wait(0.2, 6)
-        self.field.proxy.heal()
+        try:
+            if served and self.chance.random() < 0.5:
+                # Whoever is on shift must see why nothing is answered.
+                until(lambda: not self.field.ready(role), seconds=PATIENCE, every=0.2)
+            self.wait(0.2, 6)
+        finally:
+            self.field.proxy.heal()
 
     def network_slow(self) -> None:
         self.field.proxy.slow(self.chance.uniform(0.05, 0.4))

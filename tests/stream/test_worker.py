@@ -156,6 +156,31 @@ def test_sigterm_commits_what_was_answered_and_exits_cleanly(pipeline: Pipeline)
     assert set(Counter(p.event_id for p in pipeline.answers()).values()) == {1}
 
 
+def test_a_second_sigterm_ends_at_once_and_loses_nothing(pipeline: Pipeline) -> None:
+    """Whoever cannot wait for a slow batch must be able to say so, and what was in flight is then the next one's."""
+    pipeline.publish(0, 40)
+    worker, _ = pipeline.start(guarantee="exactly_once", member_id="w0", seconds=8)
+    until(lambda: pipeline.answered(10))
+    worker.send_signal(signal.SIGTERM)
+    until(lambda: "finishing what is in flight" in pipeline.log.read_text())
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(60) == 128 + signal.SIGTERM
+    assert not pipeline.answered(40)
+    pipeline.start(guarantee="exactly_once", member_id="w0")
+    until(lambda: pipeline.answered(40))
+    assert Counter(p.event_id for p in pipeline.answers()) == Counter(f"e{n}" for n in range(40))
+
+
+def test_a_slow_model_stops_the_reading(pipeline: Pipeline) -> None:
+    """What is read ahead lies in memory, so a model that falls behind must leave the rest in the log."""
+    pipeline.publish(0, 400)
+    _, port = pipeline.start(seconds=1.5)
+    until(lambda: pipeline.answered(20))
+    read = 400 - Scrape(port).total("trimtab_consumer_lag_events")
+    # Two batches of ten are queued, one is answered, one waits for its place in the queue.
+    assert read <= pipeline.committed() + 40
+
+
 def test_an_end_that_goes_wrong_is_still_an_end(pipeline: Pipeline) -> None:
     """A step of the end that raises must not leave a process behind that neither works nor goes away."""
     worker, _ = pipeline.start(fault="close", fault_at=1)
