@@ -24,7 +24,7 @@ setup: $(INSTALLED) ## Make a virtual environment with everything pinned.
 demo: $(INSTALLED) ## Watch a pipeline learn from late labels on real data (about 3 minutes).
 	$(BIN)/trimtab demo
 
-test: $(INSTALLED) ## Run all tests; real Kafka needs Java 17 and Maven, the console Chromium, real Prometheus its package.
+test: $(INSTALLED) ## Run all tests; real Kafka needs Java 17 and Maven; the console Chromium, Prometheus and PostgreSQL their packages.
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(INSTALLED) ## Lint, types, and the order of the rooms.

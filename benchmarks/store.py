@@ -266,11 +266,7 @@ def measure(kind: str, where: str, chosen: argparse.Namespace, say: Say) -> list
                 ("per_second", statistics.median(rates), "messages/s"),
                 ("spread", (max(rates) - min(rates)) / statistics.median(rates), "of the median"),
                 ("per_core_second", statistics.median(each.per_core for each in spent), "messages/s"),
-                (
-                    "server_share",
-                    statistics.median(e.server / max(e.own + e.server, 1e-9) for e in spent),
-                    "of the time",
-                ),
+                ("server_share", share, "of the time"),
             ):
                 rows.append(Row(name=name, mode=kind, metric=metric, value=value, unit=unit))
             say(f"{kind}, {name}: {statistics.median(rates):,.0f} a second, {rows[-2].value:,.0f} a core second")

@@ -477,8 +477,10 @@ def _insert(
     else:
         statement = statement.on_conflict_do_nothing()
     # Parameters by their places, which both drivers take.
-    places = type(dialect)(paramstyle="format" if dialect.name == "postgresql" else "qmark")
-    compiled: Any = statement.compile(dialect=places)
+    made_for: Any = type(dialect)
+    compiled: Any = statement.compile(
+        dialect=made_for(paramstyle="format" if dialect.name == "postgresql" else "qmark")
+    )
     names = tuple(compiled.positiontup)
     types = [table.c[name].type.dialect_impl(dialect).bind_processor(dialect) for name in names]
     made = str(compiled), names, tuple((place, process) for place, process in enumerate(types) if process is not None)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from confluent_kafka import Producer
 
 from replay import schema
+from stream.events import encode
 from stream.service import free_port
 from tests.conftest import missing
 from tests.deployment import Deployment, label
@@ -48,8 +50,12 @@ class Pair:
         return publish(self.deployment, [window("handed", name, n) for name in FREQUENCIES for n in numbers])
 
     def labelled(self, ids: Sequence[str]) -> None:
-        """Labels for them."""
-        self.deployment.label(*(label("handed", event, event.partition("-")[0]) for event in ids))
+        """Labels for them, by a client with librdkafka's own partitioner (CRC32), and not with Java's."""
+        producer = Producer(self.deployment.kafka.client())
+        for event in ids:
+            message = label("handed", event, event.partition("-")[0])
+            producer.produce(self.deployment.topics.name("labels"), encode(message), event.encode())
+        assert producer.flush(60) == 0
         self.final |= {event: event.partition("-")[0] for event in ids}
 
     def learned(self) -> None:
@@ -138,6 +144,27 @@ def test_a_learner_stands_by_and_takes_over_when_the_leader_is_killed(pair: Pair
 
     until(lambda: answering() == serving)
     assert second.poll() is None
+
+
+def test_a_label_is_learned_once_on_whatever_partition_its_client_puts_it(pair: Pair) -> None:
+    """A client of another language hashes the key otherwise; the learner reads all partitions and joins regardless."""
+    deployment = pair.deployment
+    answered = {record.key: record.partition for record in deployment.records("predictions")}
+    apart = [
+        record.key.decode()
+        for record in deployment.records("labels")
+        if record.key is not None and record.partition != answered[record.key]
+    ]
+    assert apart
+    with store_of(deployment) as store:
+        before = store.sizes()["ledger"]
+    # The same again from a client that hashes as trimtab does: now it lies on both partitions.
+    deployment.label(*(label("handed", event, event.partition("-")[0]) for event in apart))
+    until(lambda: Scrape(deployment.learner_port).total("trimtab_labels_total", outcome="repeated") >= len(apart))
+    check_head(deployment, "handed", pair.final)
+    with store_of(deployment) as store:
+        assert store.sizes()["ledger"] == before
+    assert deployment.status("handed")["scored"] == len(pair.final)
 
 
 def test_a_leader_that_was_stopped_changes_nothing_when_it_goes_on(pair: Pair) -> None:
