@@ -209,7 +209,7 @@ class Query:
                 "version": answered.model_version,
                 "at": answered.predicted_at.timestamp(),
                 "observed_at": answered.observed_at.timestamp(),
-                "place": str(answered.ref),
+                "place": f"{answered.ref.topic} {answered.ref.partition}:{answered.ref.offset}",
             },
             "said": [{"labeller": one.labeller, "label": one.label, "at": one.labelled_at.timestamp()} for one in said],
         }
