@@ -209,7 +209,7 @@ class Query:
                 "version": answered.model_version,
                 "at": answered.predicted_at.timestamp(),
                 "observed_at": answered.observed_at.timestamp(),
-                "place": str(answered.ref),
+                "place": f"{answered.ref.topic} {answered.ref.partition}:{answered.ref.offset}",
             },
             "said": [{"labeller": one.labeller, "label": one.label, "at": one.labelled_at.timestamp()} for one in said],
         }
@@ -353,8 +353,10 @@ def right(now: Mapping[str, Any]) -> Check:
     said = f"{served:.0%} of the last {n} labelled answers"
     rivals = {"frozen": "its frozen twin", "no_change": "no change", "majority": "the majority class"}
     ahead = [words for key, words in rivals.items() if now[key] is not None and now[key] > served]
-    if ahead and n >= ENOUGH:
-        return Check(question="right", level="look", says=f"{said}; {' and '.join(ahead)} would be right more often")
+    if ahead:
+        # Of few answers it is no finding yet; but "good" it is not either.
+        level: Level = "look" if n >= ENOUGH else "none"
+        return Check(question="right", level=level, says=f"{said}; {' and '.join(ahead)} would be right more often")
     return Check(question="right", level="good", says=said)
 
 

@@ -125,6 +125,7 @@ def test_a_model_that_a_rival_beats_is_not_called_good() -> None:
     now = {"served": 0.9, "frozen": None, "no_change": 0.95, "majority": 0.3, "n": 500}
     assert right(now).level == "look"
     assert "no change would be right more often" in right(now).says
+    assert right({**now, "n": 40}).level == "none"
     assert right({**now, "no_change": 0.5}).level == "good"
     assert right({**now, "served": None, "n": 3}).level == "none"
 

@@ -57,6 +57,8 @@ function App() {
     const timer = setInterval(load, EVERY);
     const moved = () => {
       setWhere(route());
+      setAsked(null); // the button "back" must not leave a question of another page open
+      setGiving(false);
       main.current?.focus({ preventScroll: true });
       scrollTo(0, 0);
     };

@@ -108,24 +108,30 @@ export function Labelling({ stream, names, closed, tell, locked }) {
   const [wrong, setWrong] = useState("");
   const field = useRef();
   const skipped = useRef(new Set());
-  const look = async (id) => {
+  const turn = useRef(0); // an answer that was overtaken by a later question is let go
+  const look = async (id, mine = ++turn.current) => {
     setWrong("");
     try {
-      setEvent(await read("event", stream, id));
+      const found = await read("event", stream, id);
+      if (mine !== turn.current) return;
+      setEvent(found);
       setWanted(id);
     } catch (error) {
+      if (mine !== turn.current) return;
       setEvent(null);
       setWrong(error.message);
     }
   };
   const next = async () => {
+    const mine = ++turn.current;
     try {
       const waiting = (await read("unlabelled", stream)).filter((one) => !skipped.current.has(one.event_id));
+      if (mine !== turn.current) return;
       setQueue(waiting);
-      if (waiting.length) await look(waiting[0].event_id);
+      if (waiting.length) await look(waiting[0].event_id, mine);
       else setEvent(null);
     } catch (error) {
-      setWrong(error.message);
+      if (mine === turn.current) setWrong(error.message);
     }
   };
   useEffect(() => {
