@@ -49,7 +49,7 @@ SHORT = 20
 REVISIONS = {"text": 500, "telemetry": 1_000}
 """Revisions of a prequential stream: a text's wide head takes 0.3 s to solve."""
 UNWATCHED = 500
-"""Labels between two revisions where nobody asks meanwhile: one that nobody sees is worth no solve."""
+"""Labels between two looks at the triggers where nobody asks meanwhile. A head alone is then revised when it is asked."""
 
 COMMON = ("benchmarks/learning/protocols.py", "benchmarks/learning/scores.py", "learner/encoders.py")
 CODE: Mapping[str, tuple[str, ...]] = {
@@ -187,7 +187,7 @@ def key(task: Task, entry: Entry, seed: int) -> str:
         "settings": _spelled_out(entry) if entry.finetunes else {},
         "variant": entry.variant,
         "seed": seed,
-        **({"revise_after": _revise_after(task)} if entry.is_trimtab else {}),
+        **({"revise_after": _revise_after(task, entry)} if entry.is_trimtab else {}),
     }
     return sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -473,7 +473,7 @@ def _contestant(
             overrides=overrides,
             seed=seed,
             finetune=entry.finetunes,
-            revise_after=_revise_after(task),
+            revise_after=_revise_after(task, entry),
             cache=cache,
             device=device,
         )
@@ -493,11 +493,11 @@ def _contestant(
             return rivals.Refit(make, featurise, every, until)
 
 
-def _revise_after(task: Task) -> int:
+def _revise_after(task: Task, entry: Entry) -> int:
     """Labels between two revisions of trimtab's head."""
-    if task.protocol != "prequential":
-        return UNWATCHED
-    return max(1, len(task.train) // REVISIONS[task.train.kind])
+    if task.protocol == "prequential":
+        return max(1, len(task.train) // REVISIONS[task.train.kind])
+    return UNWATCHED if entry.finetunes else len(task.train)
 
 
 class BaseEmbeddings:
