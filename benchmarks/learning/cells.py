@@ -49,7 +49,7 @@ SHORT = 20
 REVISIONS = {"text": 500, "telemetry": 1_000}
 """Revisions of a prequential stream: a text's wide head takes 0.3 s to solve."""
 UNWATCHED = 500
-"""Labels between two looks at the triggers where nobody asks meanwhile. A head alone is then revised when it is asked."""
+"""Labels between two looks at the triggers where nobody asks meanwhile; a head alone is revised when it is asked."""
 
 COMMON = ("benchmarks/learning/protocols.py", "benchmarks/learning/scores.py", "learner/encoders.py")
 CODE: Mapping[str, tuple[str, ...]] = {
