@@ -91,15 +91,18 @@ def tables() -> dict[str, Table]:
                 name,
                 load,
                 [
-                    *(Entry(rival) for rival in (*DUMMIES, "train_once", "joint", INSTANT, "river")),
+                    *(Entry(rival) for rival in (*DUMMIES, "train_once")),
+                    Entry("joint", variant=ceiling),
+                    *(Entry(rival) for rival in (INSTANT, "river")),
                     Entry(TRIMTAB),
                     *(Entry(strategy) for strategy in STRATEGIES),
                 ],
             )
-            for name, load in (
-                ("smap-subsystem", smap_subsystem),
-                ("smap-anomaly", smap_anomaly),
-                ("storm", storm),
+            for name, load, ceiling in (
+                # Boosted trees for ten subsystems, fitted after each of 53 channels, would take an hour.
+                ("smap-subsystem", smap_subsystem, "random forest"),
+                ("smap-anomaly", smap_anomaly, None),
+                ("storm", storm, None),
             )
         ),
     ]
