@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from benchmarks import report
-from benchmarks.learning.live import LABELS_A_STEP, EmbeddingCache, Live, merged
+from benchmarks.learning.live import EmbeddingCache, Live, merged
 from benchmarks.learning.protocols import (
-    BLOCKS,
     Contestant,
     Outcome,
     class_incremental,
@@ -47,6 +46,10 @@ REFIT_EVERY = 500
 """Labels of a prequential stream after which the ceiling is fitted anew (fewer where the stream is short)."""
 SHORT = 20
 """A stream is refitted at least so many times."""
+REVISIONS = {"text": 500, "telemetry": 1_000}
+"""Revisions of a prequential stream: a text's wide head takes 0.3 s to solve."""
+UNWATCHED = 500
+"""Labels between two looks at the triggers where nobody asks meanwhile; a head alone is revised when it is asked."""
 
 COMMON = ("benchmarks/learning/protocols.py", "benchmarks/learning/scores.py", "learner/encoders.py")
 CODE: Mapping[str, tuple[str, ...]] = {
@@ -184,6 +187,7 @@ def key(task: Task, entry: Entry, seed: int) -> str:
         "settings": _spelled_out(entry) if entry.finetunes else {},
         "variant": entry.variant,
         "seed": seed,
+        **({"revise_after": _revise_after(task, entry)} if entry.is_trimtab else {}),
     }
     return sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -469,7 +473,7 @@ def _contestant(
             overrides=overrides,
             seed=seed,
             finetune=entry.finetunes,
-            revise_after=max(1, len(train) // BLOCKS) if task.protocol == "prequential" else LABELS_A_STEP,
+            revise_after=_revise_after(task, entry),
             cache=cache,
             device=device,
         )
@@ -487,6 +491,13 @@ def _contestant(
             every = 1 if task.protocol != "prequential" else max(1, min(REFIT_EVERY, n // SHORT))
             until = _first_part(task, seed) if entry.name == "train_once" else None
             return rivals.Refit(make, featurise, every, until)
+
+
+def _revise_after(task: Task, entry: Entry) -> int:
+    """Labels between two revisions of trimtab's head."""
+    if task.protocol == "prequential":
+        return max(1, len(task.train) // REVISIONS[task.train.kind])
+    return UNWATCHED if entry.finetunes else len(task.train)
 
 
 class BaseEmbeddings:

@@ -16,9 +16,11 @@ import pytest
 from benchmarks.learning import outcome, page, rivals, suite
 from benchmarks.learning.__main__ import main
 from benchmarks.learning.cells import INSTANT, TRIMTAB, Cell, Entry, Kept, Runner, Task, key, measure
+from benchmarks.learning.live import STREAM, Live
 from benchmarks.learning.protocols import class_incremental, few_shot, prequential
 from benchmarks.learning.reading import Columns, Examples, Unusable, hold_out, read
 from benchmarks.learning.scores import accuracy, backward_transfer, by_class, forgetting, macro_f1, mean_and_deviation
+from learner import online
 
 NAN = math.nan
 
@@ -194,6 +196,37 @@ def test_the_learner_itself_learns_a_stream() -> None:
     assert {k: v for k, v in cell["values"].items() if k not in unlike} == {
         k: v for k, v in again["values"].items() if k not in unlike
     }
+
+
+def test_who_asks_is_answered_from_all_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine, on which the learner rests after each solve, would else be measured as a worse learner."""
+    monkeypatch.setattr(online, "SLOW_SOLVE", 0.0)
+    monkeypatch.setattr(online, "SOLVE_SHARE", 1e-9)
+    examples = blobs(40)
+    late = [place for place, label in enumerate(examples.labels) if label == "c3"]
+    live = Live("telemetry", examples.channels, finetune=False)
+    try:
+        for places in (sorted(set(range(40)) - set(late)), late):
+            live.take(places, [examples.payloads[place] for place in places])
+            live.label(places, [examples.labels[place] for place in places])
+            answers = live.ask(examples.payloads)
+        assert {answers[place] for place in late} == {"c3"}
+    finally:
+        live.close()
+
+
+def test_two_labels_of_one_event_are_two_labellers() -> None:
+    """Who contradicts whom is what trust is made of; the label given last counts."""
+    live = Live("telemetry", ("a",), finetune=False)
+    try:
+        live.take([0], [np.zeros((1, 1), np.float32)])
+        live.label([0, 0], ["up", "down"], ["ann", "bob"])
+        assert live.ask([np.zeros((1, 1), np.float32)]) == ["down"]
+        encoder = live.learning.learners[STREAM].encoder_digest
+        claims = live.learning.store.claims(STREAM, encoder, 10)
+        assert {claim.said.labeller for claim in claims} == {"ann", "bob"}
+    finally:
+        live.close()
 
 
 def test_class_after_class_with_a_fine_tune() -> None:
