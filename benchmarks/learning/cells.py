@@ -470,6 +470,7 @@ def _contestant(
             train.kind,
             train.channels,
             train.steps,
+            commands=train.commands,
             overrides=overrides,
             seed=seed,
             finetune=entry.finetunes,

@@ -170,6 +170,7 @@ class Live:
         kind: `text` or `telemetry`.
         channels: telemetry channels; none for text.
         steps: the usual number of time steps of a window.
+        commands: the channels among them that say what was done.
         overrides: the stream's settings where they are not the defaults, nested as in the YAML.
         seed: of the replay store, the exam's draw, the fine-tunes and, for telemetry, the encoder.
         finetune: False never fine-tunes: the instant head alone.
@@ -184,6 +185,7 @@ class Live:
         channels: Sequence[str] = (),
         steps: int = 1,
         *,
+        commands: Sequence[str] = (),
         overrides: Mapping[str, Any] | None = None,
         seed: int = 0,
         finetune: bool = True,
@@ -191,7 +193,7 @@ class Live:
         cache: EmbeddingCache | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
     ) -> None:
-        self.kind, self.channels = kind, tuple(channels)
+        self.kind, self.channels, self._commands = kind, tuple(channels), tuple(commands)
         self._folder = Path(tempfile.mkdtemp(prefix="trimtab-learning-", dir=_in_memory()))
         self._finetune = finetune
         self._revise_after, self._unrevised = revise_after, 0
@@ -222,7 +224,8 @@ class Live:
     def _settings(self, steps: int, overrides: Mapping[str, Any], seed: int, device: str) -> Settings:
         stream: dict[str, Any] = {"kind": self.kind}
         if self.kind == "telemetry":
-            stream["encoder"] = {"channels": list(self.channels), "window": steps, "seed": seed}
+            channels = {"channels": list(self.channels), "commands": list(self._commands)}
+            stream["encoder"] = {**channels, "window": steps, "seed": seed}
         seeds = {"replay": {"seed": seed}, "finetune": {"seed": seed}, "triggers": {"rest_seconds": 0}}
         return Settings(
             registry={"url": str(self._folder / "registry"), "cache_dir": self._folder / "cache"},

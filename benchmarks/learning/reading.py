@@ -50,6 +50,7 @@ class Examples:
         payloads: texts, or windows float32 (channels, steps) with NaN where a value is missing.
         labels: one each.
         channels: names of a window's rows; none for texts.
+        commands: those of them that say what was done, as a stream's settings name them.
         groups: which experience each belongs to, where the data says so; else empty.
         due: before which event (by position) each label becomes known, where the data says so; else empty.
         notes: what was left out or changed in reading, a sentence each.
@@ -59,6 +60,7 @@ class Examples:
     payloads: Sequence[Payload]
     labels: Sequence[str]
     channels: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
     groups: Sequence[str] = ()
     due: Sequence[int] = ()
     notes: tuple[str, ...] = ()
@@ -80,7 +82,8 @@ class Examples:
     @property
     def digest(self) -> str:
         """sha256 over all that a result can depend on."""
-        digest = sha256(repr((self.kind, self.channels)).encode())
+        described = (self.kind, self.channels, *([self.commands] if self.commands else ()))
+        digest = sha256(repr(described).encode())
         for values in (self.labels, self.groups, self.due):
             digest.update(json.dumps(list(values)).encode())
         for payload in self.payloads:

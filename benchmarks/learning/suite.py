@@ -159,7 +159,7 @@ def smap_anomaly(data: Path) -> Task:
     """Whether experts marked an anomaly in a window, in time order over all channels, marks late."""
     windows = [w for w in _windows(data) if w[2] == "test"]
     order = sorted(range(len(windows)), key=lambda place: (windows[place][3], windows[place][1]))
-    rows = [(windows[p][4][:1], "anomaly" if windows[p][0] else "nominal", "") for p in order]
+    rows = [(windows[p][4], "anomaly" if windows[p][0] else "nominal", "") for p in order]
     return Task("smap-anomaly", "prequential", replace(_examples(rows), groups=()), None, delay=ANOMALY_DELAY)
 
 
@@ -189,26 +189,35 @@ def _clinc(data: Path) -> tuple[Examples, Examples]:
 
 
 Window = tuple[bool, str, str, int, np.ndarray]
-"""Whether it has an anomaly, channel, split, number within the channel, values (1, steps)."""
+"""Whether it has an anomaly, channel, split, number within the channel, value and command bits (1 + bits, steps)."""
 
 
 def _windows(data: Path) -> list[Window]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(data / "nasa_smap_msl_telemetry.parquet").to_pandas()
+    words = table["cmd_bits"].to_numpy(np.int64)
+    used = [bit for bit in range(63) if bool((words >> bit & 1).any())]
     found: list[Window] = []
     for (channel, split), part in table.groupby(["channel", "split"], sort=False, observed=True):
-        values = part["value"].to_numpy(np.float32)
+        words = part["cmd_bits"].to_numpy(np.int64)
+        values = np.stack([part["value"].to_numpy(np.float32), *(words >> bit & 1 for bit in used)]).astype(np.float32)
         marks = part["anomaly"].to_numpy() > 0
-        for number in range(len(values) // WINDOW):
+        for number in range(len(marks) // WINDOW):
             inside = slice(number * WINDOW, (number + 1) * WINDOW)
-            found.append((bool(marks[inside].any()), str(channel), str(split), number, values[None, inside]))
+            found.append((bool(marks[inside].any()), str(channel), str(split), number, values[:, inside].copy()))
     return found
 
 
 def _examples(rows: Sequence[tuple[np.ndarray, str, str]]) -> Examples:
+    commands = tuple(f"bit{number}" for number in range(1, len(rows[0][0])))
     return Examples(
-        "telemetry", [row[0] for row in rows], [row[1] for row in rows], ("value",), groups=[row[2] for row in rows]
+        "telemetry",
+        [row[0] for row in rows],
+        [row[1] for row in rows],
+        ("value", *commands),
+        commands,
+        groups=[row[2] for row in rows],
     )
 
 
