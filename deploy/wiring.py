@@ -33,6 +33,7 @@ from stream.worker import Classifier, Parts, Worker
 
 if TYPE_CHECKING:
     from learner.app import Parts as LearnerParts
+    from learner.asking import Asker
     from learner.curation import Curator
     from learner.joining import EventLog, Joiner
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
@@ -214,6 +215,7 @@ def _learner_parts(
     return LearnerParts(
         reader,
         learning.joiner,
+        learning.asker,
         learning.curator,
         learning.learners,
         learning.trainer,
@@ -242,6 +244,7 @@ class Learning:
     learners: Mapping[str, OnlineLearner]
     drift: Mapping[str, DriftMonitor]
     joiner: Joiner
+    asker: Asker
     curator: Curator
     trainer: Trainer
 
@@ -265,6 +268,7 @@ def build_learning(
         clock: the time, in UTC.
         lease: under which the store is led already; without, it is opened and claimed at once.
     """
+    from learner.asking import Asker
     from learner.curation import Curator
     from learner.joining import Joiner, JoinTopics
     from learner.online import EncoderShelf, OnlineLearner
@@ -286,6 +290,15 @@ def build_learning(
     for learner in learners.values():
         learner.open(clock())
     drift = {name: DriftMonitor(stream.drift) for name, stream in settings.streams.items()}
+    asker = Asker(
+        store,
+        epoch,
+        learners,
+        {name: stream.label_requests for name, stream in settings.streams.items()},
+        topics.name("label_requests"),
+        metrics,
+        clock,
+    )
     joiner = Joiner(
         store,
         epoch,
@@ -297,6 +310,7 @@ def build_learning(
         {name: stream.labellers for name, stream in settings.streams.items()},
         metrics,
         clock,
+        asker,
     )
     curator = Curator(
         store,
@@ -324,7 +338,7 @@ def build_learning(
         clock,
         settings.learner.device,
     )
-    return Learning(store, registry, epoch, learners, drift, joiner, curator, trainer)
+    return Learning(store, registry, epoch, learners, drift, joiner, asker, curator, trainer)
 
 
 def open_store(settings: Settings) -> LearnerStore:
