@@ -687,6 +687,39 @@ def versions_prune(
         typer.echo(f"{name}: removed {going}")
 
 
+@app.command("requests", rich_help_panel="Learning")
+def label_requests(
+    stream: StreamArgument,
+    config: ConfigOption = None,
+    format: Format = "text",  # noqa: A002
+    url: UrlOption = None,
+) -> None:
+    """Labels that the learner asks for and has not got, those that would teach most first."""
+    page = _page(config, stream, "requests", url, {})
+    if format == "json":
+        for row in page["requests"]:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    _table(
+        ["event", "why", "score", "answer", "by", "asked", "where it lies"],
+        [
+            [
+                row["event_id"],
+                row["why"],
+                f"{row['score']:.3f}",
+                row["label"] or "",
+                row["model_version"],
+                row["asked_at"][:19],
+                "{topic}[{partition}]@{offset}".format(**row["ref"]),
+            ]
+            for row in page["requests"]
+        ],
+    )
+    typer.echo(
+        f"\nOpen: {page['open']}; answered: {page['answered']}; {page['left']} of {page['per_day']} left for 24 hours"
+    )
+
+
 @quarantine_app.command("list")
 def quarantine_list(
     stream: StreamArgument,

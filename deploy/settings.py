@@ -31,6 +31,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from learner.asking import AskingSettings
 from learner.control import ControlSettings
 from learner.exam import ExamSettings, GuardSettings
 from learner.finetune import FineTuneSettings
@@ -310,6 +311,7 @@ class StreamSettings(_Block):
     guard: GuardSettings = GuardSettings()
     shadow: ShadowSettings = ShadowSettings()
     drift: DriftSettings = DriftSettings()
+    label_requests: AskingSettings = AskingSettings()
     forgetting_budget: float = Field(
         default=0.1, gt=0, le=1, description="largest fall of a class's recall below its best before someone is told"
     )

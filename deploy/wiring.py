@@ -33,6 +33,7 @@ from stream.worker import Classifier, Parts, Worker
 
 if TYPE_CHECKING:
     from learner.app import Parts as LearnerParts
+    from learner.asking import Asker
     from learner.curation import Curator
     from learner.joining import EventLog, Joiner
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
@@ -215,6 +216,7 @@ def _learner_parts(
     return LearnerParts(
         reader,
         learning.joiner,
+        learning.asker,
         learning.curator,
         learning.learners,
         learning.trainer,
@@ -243,6 +245,7 @@ class Learning:
     learners: Mapping[str, OnlineLearner]
     drift: Mapping[str, DriftMonitor]
     joiner: Joiner
+    asker: Asker
     curator: Curator
     trainer: Trainer
 
@@ -266,6 +269,7 @@ def build_learning(
         clock: the time, in UTC.
         lease: under which the store is led already; without, it is opened and claimed at once.
     """
+    from learner.asking import Asker
     from learner.curation import Curator
     from learner.joining import Joiner, JoinTopics
     from learner.online import EncoderShelf, OnlineLearner
@@ -287,6 +291,15 @@ def build_learning(
     for learner in learners.values():
         learner.open(clock())
     drift = {name: DriftMonitor(stream.drift) for name, stream in settings.streams.items()}
+    asker = Asker(
+        store,
+        epoch,
+        learners,
+        {name: stream.label_requests for name, stream in settings.streams.items()},
+        topics.name("label_requests"),
+        metrics,
+        clock,
+    )
     joiner = Joiner(
         store,
         epoch,
@@ -298,6 +311,7 @@ def build_learning(
         {name: stream.labellers for name, stream in settings.streams.items()},
         metrics,
         clock,
+        asker,
     )
     curator = Curator(
         store,
@@ -325,7 +339,7 @@ def build_learning(
         clock,
         settings.learner.device,
     )
-    return Learning(store, registry, epoch, learners, drift, joiner, curator, trainer)
+    return Learning(store, registry, epoch, learners, drift, joiner, asker, curator, trainer)
 
 
 def open_store(settings: Settings) -> LearnerStore:

@@ -30,6 +30,7 @@ import mode
 from confluent_kafka import KafkaError, Message, Producer
 from faust.web import View
 
+from learner.asking import Asker
 from learner.control import ControlAnswer, ControlRequest, Gate, Refused
 from learner.curation import Curator
 from learner.joining import Joiner
@@ -54,6 +55,7 @@ PURGE_SECONDS = 3600.0
 RECALL_WINDOW = 2_000
 RECALL_MINIMUM = 10
 RETRY_SECONDS = 0.5
+REQUESTS_SHOWN = 1_000
 DRIFT_KINDS: tuple[Kind, ...] = ("input", "prediction", "error")
 
 
@@ -170,6 +172,7 @@ class Parts:
 
     reader: Reader
     joiner: Joiner
+    asker: Asker
     curator: Curator
     learners: Mapping[str, OnlineLearner]
     trainer: Trainer
@@ -383,12 +386,17 @@ class LearnerApp:
         while not self._ending.is_set():
             try:
                 await loop.run_in_executor(self._learning, self._look)
+                await loop.run_in_executor(self._learning, self._ask_for_labels)
                 if time.monotonic() - purged_at > PURGE_SECONDS:
                     purged_at = time.monotonic()
                     await loop.run_in_executor(self._learning, self._purge)
             except RetryLater as error:
                 logger.warning("watching: %s; trying again", error)
             await asyncio.sleep(WATCH_SECONDS)
+
+    def _ask_for_labels(self) -> None:
+        for stream in self.parts.learners:
+            self.parts.asker.ask(stream, self.parts.joiner.embedded)
 
     def _purge(self) -> None:
         with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
@@ -735,12 +743,16 @@ class LearnerApp:
             for name, first in store.classes(stream).items()
         ]
 
+    def _requests(self, stream: str) -> dict[str, Any]:
+        return self.parts.asker.page(stream, REQUESTS_SHOWN)
+
     def _add_pages(self) -> None:
         learner, app, shell = self, self.shell.app, self.shell
         readers: dict[str, Callable[[str], Any]] = {
             "status": self._status,
             "versions": self._versions,
             "classes": self._classes,
+            "requests": self._requests,
         }
 
         async def ask(view: Any, find: Callable[[], Any]) -> Any:

@@ -17,7 +17,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
 
-from learner.encoders import payload
+import numpy as np
+import numpy.typing as npt
+
+from learner.asking import Asker
+from learner.encoders import Payload, payload
 from learner.estimate import AccuracyEstimator
 from learner.online import OnlineLearner
 from learner.shadow import Event, Trial
@@ -28,6 +32,7 @@ from stream.batches import Batch, Partition
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Label, Place, Prediction, Record
 from stream.join import Change, EventKey, Joined, Kind, join, touched
+from stream.lookback import events_at
 from stream.worker import dead_letter, known_stream
 
 logger = logging.getLogger(__name__)
@@ -66,6 +71,7 @@ class Joiner:
         rules: by stream, how labellers who disagree are combined; see `stream.join.RULES`.
         metrics: where outcomes are counted.
         clock: the time, in UTC.
+        asker: notices which events are worth a label; None where nobody is asked.
     """
 
     def __init__(
@@ -80,7 +86,9 @@ class Joiner:
         rules: Mapping[str, str],
         metrics: Metrics,
         clock: Callable[[], datetime],
+        asker: Asker | None = None,
     ) -> None:
+        self._asker = asker
         self._store, self._epoch, self._decoder, self._lookback = store, epoch, decoder, lookback
         self._learners, self._drift, self._topics, self._rules = learners, drift, topics, rules
         self._metrics, self._clock = metrics, clock
@@ -107,9 +115,13 @@ class Joiner:
         known = self._store.known(touched(predictions, labels))
         joined = join(known, predictions, labels, self._rules)
         moves = {p: (self._offsets.get(p), end) for p, end in batch.ends.items()}
+        noticed = self._asker.notice(predictions, labels, known) if self._asker else []
+        answered: Counter[str] = Counter()
 
         def also(tx: Transaction) -> None:
             tx.advance(moves)
+            if self._asker:
+                answered.update(self._asker.note(tx, noticed, labels))
             tx.quarantine(quarantined)
             tx.send(outgoing)
 
@@ -118,6 +130,8 @@ class Joiner:
         for (stream, outcome), count in refused.items():
             self._metrics.labels.labels(stream, outcome).inc(count)
         self._count(joined, predictions, labels, quarantined, now)
+        if self._asker:
+            self._asker.count(answered)
         learned: Counter[str] = Counter()
         for (stream, outcome), count in reconciled.outcomes.items():
             self._metrics.labels.labels(stream, outcome).inc(count)
@@ -245,34 +259,35 @@ class Joiner:
 
     def _contents(self, changes: Sequence[Change]) -> tuple[dict[EventKey, Content], set[EventKey]]:
         """What was read back and embedded, by event; and the events that the log no longer holds."""
-        wanted = [(change, change.desired.ref) for change in changes if change.needs_event and change.desired]
-        if not wanted:
-            return {}, set()
-        records = self._lookback.read(ref for _, ref in wanted)
-        too_late: set[EventKey] = set()
-        found: dict[str, list[tuple[EventKey, object]]] = defaultdict(list)
-        for change, ref in wanted:
-            record = records.get(ref)
-            event = None
-            if record is not None:
-                try:
-                    event = self._decoder.event(record)
-                except DeadLetter:
-                    event = None
-            # A topic that was deleted and made again has other events at the same places.
-            if event is None or (event.stream, event.event_id) != change.key:
-                too_late.add(change.key)
-            else:
-                plan = self._learners[change.stream].plan
-                found[change.stream].append((change.key, payload(event, plan.channels)))
+        wanted = {change.key: change.desired.ref for change in changes if change.needs_event and change.desired}
         contents: dict[EventKey, Content] = {}
-        for stream, members in found.items():
+        for stream, found in self._read_back(wanted).items():
             learner = self._learners[stream]
-            embeddings = learner.embed([content for _, content in members])  # type: ignore[misc]
-            for (key, content), embedding in zip(members, embeddings, strict=True):
+            embeddings = learner.embed(list(found.values()))
+            for (key, content), embedding in zip(found.items(), embeddings, strict=True):
                 self._drift[stream].update("input", embedding, space=learner.encoder_digest)
-                contents[key] = Content(content, embedding, learner.encoder_digest)  # type: ignore[arg-type]
+                contents[key] = Content(content, embedding, learner.encoder_digest)
+        too_late = wanted.keys() - contents.keys()
         return contents, too_late
+
+    def embedded(self, stream: str, places: Mapping[str, Place]) -> dict[str, npt.NDArray[np.int16]]:
+        """Events of a stream, by id and place, as the ledger keeps them; those that the log lost are left out.
+
+        Raises:
+            RetryLater: the broker is away.
+        """
+        found = self._read_back({(stream, event_id): place for event_id, place in places.items()})
+        members = found.get(stream, {})
+        embeddings = self._learners[stream].embed(list(members.values())) if members else ()
+        return {event_id: embedding for (_, event_id), embedding in zip(members, embeddings, strict=True)}
+
+    def _read_back(self, wanted: Mapping[EventKey, Place]) -> dict[str, dict[EventKey, Payload]]:
+        """By stream, what the encoder takes of the events that are still there."""
+        found: dict[str, dict[EventKey, Payload]] = defaultdict(dict)
+        if wanted:
+            for key, event in events_at(self._lookback.read, self._decoder, wanted).items():
+                found[key[0]][key] = payload(event, self._learners[key[0]].plan.channels)
+        return found
 
     def _attempt(self, changes: Sequence[Change], contents: Mapping[EventKey, Content]) -> dict[str, Trial]:
         """By stream, what champion and shadow answered to events that are labelled for the first time."""

@@ -26,6 +26,7 @@ PLACES = {
     "labels": "labels",
     "ledger": "ledger",
     "quarantine": "quarantine",
+    "requests": "label requests",
     "scores": "scores",
     "served": "join index",
 }

@@ -57,6 +57,7 @@ LABEL_OUTCOMES = (
     "superseded",
 )
 QUARANTINE_REASONS = ("class_quota", "labeller_untrusted", "label_burst")
+REQUEST_OUTCOMES = ("asked", "answered", "alike", "known", "gone")
 SCORED_OUTCOMES = ("right", "wrong")
 REVISION_OUTCOMES = ("announced", "held")
 VERSION_OUTCOMES = ("promoted", "refused", "rolled_back", "overruled", "failed")
@@ -236,6 +237,21 @@ class Metrics:
         self.suspects = Gauge(
             "trimtab_suspect_labellers", "Labellers who are not believed unseen.", ["stream"], registry=into
         )
+        self.label_requests = Counter(
+            "trimtab_label_requests_total",
+            "Events considered for a label request, by what became of them.",
+            ["stream", "outcome"],
+            registry=into,
+        )
+        self.label_requests_open = Gauge(
+            "trimtab_open_label_requests", "Label requests that wait for their label.", ["stream"], registry=into
+        )
+        self.label_requests_left = Gauge(
+            "trimtab_label_request_budget",
+            "Label requests that the budget of 24 hours leaves.",
+            ["stream"],
+            registry=into,
+        )
         self.revisions = Counter(
             "trimtab_revisions_total",
             "Revisions of the instant head, announced or held.",
@@ -338,6 +354,7 @@ class Metrics:
                 continue
             for counter, values in (
                 (self.labels, LABEL_OUTCOMES),
+                (self.label_requests, REQUEST_OUTCOMES),
                 (self.scored, SCORED_OUTCOMES),
                 (self.revisions, REVISION_OUTCOMES),
                 (self.versions, VERSION_OUTCOMES),
@@ -356,6 +373,8 @@ class Metrics:
                 self.finetune_progress,
                 self.suspects,
                 self.alike_classes,
+                self.label_requests_open,
+                self.label_requests_left,
             ):
                 gauge.labels(stream)
             for reason in QUARANTINE_REASONS:

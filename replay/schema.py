@@ -199,6 +199,25 @@ scores = _table(
     _time("scored_at"),
     sa.Index("scores_recent", "stream", "labelled_at", "event_id"),
 )
+requests = _table(
+    "requests",
+    _text("stream", key=True),
+    _text("event_id", key=True),
+    _text("ref_topic"),
+    _int("ref_partition"),
+    _int("ref_offset"),
+    _time("observed_at"),
+    sa.Column("score", sa.Float, nullable=False),
+    _text("why"),
+    _text("answer", null=True),
+    _text("model_version"),
+    sa.Column("embedding", sa.LargeBinary),
+    _text("encoder", null=True),
+    _time("noticed_at"),
+    _time("asked_at", null=True),
+    _time("answered_at", null=True),
+    sa.Index("requests_ranked", "stream", "asked_at", "score"),
+)
 best_recall = _table(
     "best_recall",
     _text("stream", key=True),

@@ -34,7 +34,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from time import monotonic
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -315,6 +315,33 @@ class Revision:
     at: datetime
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """An event that a label is, or may be, asked for.
+
+    Args:
+        score: how much its label should teach, in [0, 1].
+        why: `novel` or `uncertain`.
+        answer: what is answered for it so far; None while the stream has learned nothing.
+        asked_at: None while it waits.
+        embedding: under `encoder`; there once it was asked about.
+    """
+
+    stream: str
+    event_id: str
+    ref: Place
+    observed_at: datetime
+    score: float
+    why: Literal["novel", "uncertain"]
+    answer: str | None
+    model_version: str
+    noticed_at: datetime
+    asked_at: datetime | None = None
+    answered_at: datetime | None = None
+    embedding: Embedding | None = None
+    encoder: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Purged:
     """What a purge removed.
@@ -327,6 +354,7 @@ class Purged:
         ledger: ledger rows that a head's sums already hold.
         scores: scores past the retention.
         quarantine: labels that waited in quarantine for too long, or were too many.
+        requests: requests whose event's label could not be joined any more, and events noticed a day ago.
     """
 
     served: int = 0
@@ -336,6 +364,7 @@ class Purged:
     ledger: int = 0
     scores: int = 0
     quarantine: int = 0
+    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -865,6 +894,67 @@ class LearnerStore:
         query = sa.select(c.reason, sa.func.count().label("many")).where(c.stream == stream).group_by(c.reason)
         with self._read() as connection:
             return {row.reason: row.many for row in connection.execute(query)}
+
+    def requests(self, stream: str, state: Literal["waiting", "open", "answered"], limit: int) -> list[Request]:
+        """Requests in that state, those that would teach most first; without their embeddings."""
+        c = t.requests.c
+        chosen = [column for column in c if column.name not in ("embedding", "encoder")]
+        query = sa.select(*chosen).where(c.stream == stream, _state(state))
+        with self._read() as connection:
+            return [
+                Request(
+                    stream=row.stream,
+                    event_id=row.event_id,
+                    ref=_ref(row),
+                    observed_at=moment(row.observed_at),
+                    score=row.score,
+                    why=row.why,
+                    answer=row.answer,
+                    model_version=row.model_version,
+                    noticed_at=moment(row.noticed_at),
+                    asked_at=None if row.asked_at is None else moment(row.asked_at),
+                    answered_at=None if row.answered_at is None else moment(row.answered_at),
+                )
+                for row in connection.execute(query.order_by(c.score.desc(), c.event_id).limit(limit))
+            ]
+
+    def request_counts(self, stream: str) -> dict[str, int]:
+        """How many events wait to be asked about, and how many requests are open and answered."""
+        c = t.requests.c
+        query = sa.select(
+            *(
+                sa.func.count(sa.case((_state(state), 1))).label(state)  # type: ignore[arg-type]
+                for state in ("waiting", "open", "answered")
+            )
+        ).where(c.stream == stream)
+        with self._read() as connection:
+            return dict(connection.execute(query).one()._mapping)
+
+    def asked_at(self, stream: str, since: datetime) -> list[datetime]:
+        """When the requests made since then were made."""
+        c = t.requests.c
+        query = sa.select(c.asked_at).where(c.stream == stream, c.asked_at > micros(since)).order_by(c.asked_at)
+        with self._read() as connection:
+            return [moment(at) for at in connection.scalars(query)]
+
+    def resembled(self, stream: str, encoder: str, limit: int, dimension: int) -> npt.NDArray[np.int16]:
+        """What a new request must not resemble (n, dimension): what was asked about, and the labels learned last."""
+        r, c = t.requests.c, t.ledger.c
+        asked = sa.select(r.embedding).where(r.stream == stream, r.encoder == encoder, r.asked_at.is_not(None))
+        learned = (
+            sa.select(c.event_id, c.sign, c.embedding)
+            .where(c.stream == stream, c.encoder == encoder)
+            .order_by(c.seq.desc())
+            .limit(limit)
+        )
+        with self._read() as connection:
+            found = list(connection.scalars(asked))
+            last: set[str] = set()
+            for row in connection.execute(learned):
+                if row.event_id not in last and row.sign > 0:
+                    found.append(row.embedding)
+                last.add(row.event_id)
+        return np.stack([_embedding(one) for one in found]) if found else np.empty((0, dimension), np.int16)
 
     def sizes(self) -> dict[str, int]:
         """Rows in each table that a gauge watches: served, labels, examples, ledger, outbox, quarantine."""
@@ -1453,6 +1543,43 @@ class Transaction:
         if rows:
             self._connection.execute(sa.insert(t.outbox), rows)
 
+    def notice(self, found: Sequence[Request], bound: int) -> None:
+        """Let events wait to be asked about; of each stream's the `bound` that would teach most stay."""
+        c = t.requests.c
+        put(self._connection, t.requests, [_request_row(row) for row in found], update=())
+        for stream in sorted({row.stream for row in found}):
+            waiting = (c.stream == stream, _state("waiting"))
+            beyond = sa.select(c.event_id).where(*waiting).order_by(c.score.desc(), c.event_id).offset(bound)
+            self._connection.execute(sa.delete(t.requests).where(*waiting, c.event_id.in_(beyond)))
+
+    def drop_waiting(self, keys: Iterable[EventKey]) -> None:
+        """These events need not be asked about."""
+        c = t.requests.c
+        for stream, event_id in keys:
+            self._connection.execute(
+                sa.delete(t.requests).where(c.stream == stream, c.event_id == event_id, _state("waiting"))
+            )
+
+    def ask(self, requests: Sequence[Request]) -> None:
+        """These are asked now; the caller sends them in the same transaction."""
+        put(self._connection, t.requests, [_request_row(row) for row in requests])
+
+    def answer_requests(self, keys: Iterable[EventKey]) -> Counter[str]:
+        """These events have a label: what waits goes, what is open is answered; returns how many, by stream."""
+        answered: Counter[str] = Counter()
+        c = t.requests.c
+        streams: dict[str, list[str]] = {}
+        for stream, event_id in sorted(set(keys)):
+            streams.setdefault(stream, []).append(event_id)
+        for stream, event_ids in streams.items():
+            for chunk in _chunks(event_ids):
+                these = (c.stream == stream, c.event_id.in_(chunk))
+                self._connection.execute(sa.delete(t.requests).where(*these, _state("waiting")))
+                answered[stream] += self._connection.execute(
+                    sa.update(t.requests).where(*these, _state("open")).values(answered_at=self._now)
+                ).rowcount
+        return answered
+
     def quarantine(self, labels: Iterable[Quarantined]) -> None:
         """Set labels aside; one from the same place is set aside once."""
         rows = [
@@ -1516,7 +1643,8 @@ class Transaction:
             row = {"stream": stream, "name": new, "created_at": first, "learned": 0}
             put(self._connection, t.classes, [row], update=("created_at",))
         s = t.scores.c
-        for table, column in ((t.served, t.served.c.label), (t.scores, s.predicted), (t.scores, s.label)):
+        named = ((t.served, t.served.c.label), (t.scores, s.predicted), (t.scores, s.label))
+        for table, column in (*named, (t.requests, t.requests.c.answer)):
             self._connection.execute(
                 sa.update(table).where(table.c.stream == stream, column == old).values({column.name: new})
             )
@@ -1563,7 +1691,13 @@ class Transaction:
         ).rowcount
         scores = self._connection.execute(sa.delete(t.scores).where(t.scores.c.scored_at < retention)).rowcount
         aside = self._purge_quarantine(micros(self.now - settings.quarantine_retention), settings.quarantine_size)
-        return Purged(served, too_late, payloads, fixed, ledger, scores, aside)
+        r, yesterday = t.requests.c, micros(self.now - timedelta(days=1))
+        requests = self._connection.execute(
+            sa.delete(t.requests).where(
+                sa.or_(r.asked_at < min(horizon, yesterday), sa.and_(_state("waiting"), r.noticed_at < yesterday))
+            )
+        ).rowcount
+        return Purged(served, too_late, payloads, fixed, ledger, scores, aside, requests)
 
     def _purge_quarantine(self, expired: int, bound: int) -> int:
         c = t.quarantine.c
@@ -1890,6 +2024,37 @@ def _served(row: Any) -> Served:
         predicted_at=moment(row.predicted_at),
         too_late=row.too_late,
     )
+
+
+def _state(state: Literal["waiting", "open", "answered"]) -> sa.ColumnElement[bool]:
+    """The requests in that state; a label that came before it was asked for leaves none."""
+    c = t.requests.c
+    match state:
+        case "waiting":
+            return c.asked_at.is_(None)
+        case "open":
+            return sa.and_(c.asked_at.is_not(None), c.answered_at.is_(None))
+    return c.answered_at.is_not(None)
+
+
+def _request_row(request: Request) -> dict[str, Any]:
+    return {
+        "stream": request.stream,
+        "event_id": request.event_id,
+        "ref_topic": request.ref.topic,
+        "ref_partition": request.ref.partition,
+        "ref_offset": request.ref.offset,
+        "observed_at": micros(request.observed_at),
+        "score": request.score,
+        "why": request.why,
+        "answer": request.answer,
+        "model_version": request.model_version,
+        "embedding": None if request.embedding is None else _bytes(request.embedding),
+        "encoder": request.encoder,
+        "noticed_at": micros(request.noticed_at),
+        "asked_at": None if request.asked_at is None else micros(request.asked_at),
+        "answered_at": None if request.answered_at is None else micros(request.answered_at),
+    }
 
 
 def _chunks(values: Sequence[Any]) -> Iterator[Sequence[Any]]:

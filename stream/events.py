@@ -118,6 +118,21 @@ class Prediction(Wire):
     supersedes: str | None = None
 
 
+class LabelRequest(Wire):
+    """A label that the learner asks for: of the event at `ref`, why, and what is answered so far."""
+
+    schema_version: str = SCHEMA_VERSION
+    event_id: EventId
+    stream: StreamName
+    ref: Place
+    observed_at: AwareDatetime
+    why: Literal["novel", "uncertain"]
+    score: float = Field(ge=0, le=1, allow_inf_nan=False)
+    label: str | None
+    model_version: str
+    asked_at: AwareDatetime
+
+
 M = TypeVar("M", Report, Telemetry, Label, Prediction)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from stream.batches import UNREADABLE, record_of, step_over
-from stream.errors import RetryLater
-from stream.events import Place, Record
+from stream.errors import DeadLetter, RetryLater
+from stream.events import Decoder, Event, Place, Record
 
 RUN_GAP = 2_000
 """Places at most this many offsets apart are read in one run: reading on is cheaper than another seek."""
@@ -105,6 +105,29 @@ class Lookback:
             elif time.monotonic() > patience:
                 raise RetryLater(f"{topic}[{partition}]: nothing came within {self._seconds:.0f} s")
         return found
+
+
+def events_at(
+    read: Callable[[Iterable[Place]], Mapping[Place, Record]], decoder: Decoder, wanted: Mapping[tuple[str, str], Place]
+) -> dict[tuple[str, str], Event]:
+    """The events wanted, by stream and event id; those that do not lie at their place any more are absent.
+
+    Raises:
+        RetryLater: the broker does not answer.
+    """
+    records, found = read(wanted.values()), {}
+    for key, place in wanted.items():
+        record = records.get(place)
+        if record is None:
+            continue
+        try:
+            event = decoder.event(record)
+        except DeadLetter:
+            continue
+        # A topic that was deleted and made again has other events at the same places.
+        if (event.stream, event.event_id) == key:
+            found[key] = event
+    return found
 
 
 def _runs(offsets: list[int]) -> list[list[int]]:

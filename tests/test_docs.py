@@ -20,7 +20,7 @@ from learner.control import ControlAnswer, ControlRequest
 from learner.registry import Pointer
 from monitoring.metrics import Metrics
 from stream.errors import DeadLetter, Reason
-from stream.events import Decoder, Record, dead_letter_headers, utc_now
+from stream.events import Decoder, LabelRequest, Record, dead_letter_headers, utc_now
 from stream.kafka import KINDS, Topics
 
 REPOSITORY = Path(__file__).parents[1]
@@ -82,6 +82,8 @@ def test_every_example_of_the_wire_is_one(settings: Settings) -> None:
                 decoder.label(record(block))
             case "prediction":
                 decoder.prediction(record(block))
+            case "request":
+                LabelRequest.model_validate_json(block)
             case "control":
                 ControlRequest.model_validate_json(block)
             case "answer":
@@ -90,7 +92,7 @@ def test_every_example_of_the_wire_is_one(settings: Settings) -> None:
                 Pointer.decode(b"notes/champion", block.encode())
             case _:
                 pytest.fail(f"nobody checks examples of {kind!r}")
-    assert sorted(counted) == ["answer", "control", "event", "event", "label", "pointer", "prediction"]
+    assert sorted(counted) == ["answer", "control", "event", "event", "label", "pointer", "prediction", "request"]
     assert not ignored, "an example has a field that is not read"
 
 

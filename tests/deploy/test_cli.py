@@ -43,6 +43,7 @@ COMMANDS = [
     ["config", "schema"],
     ["topics"],
     ["topics", "create"],
+    ["requests"],
     ["quarantine"],
     *(["quarantine", name] for name in ("list", "show", "release", "drop")),
     ["classes"],
@@ -386,6 +387,11 @@ class Learner(BaseHTTPRequestHandler):
         page: Any = {"waiting": {"labeller_untrusted": 1}, "labels": [waiting], "labellers": [{**standing, **counted}]}
         if self.path.endswith("/classes"):
             page = [{**named, "alike": ["flare"], "was": []}]
+        if self.path.endswith("/requests"):
+            place = {"topic": "reports", "partition": 2, "offset": 48121}
+            asked = {"event_id": "e7", "why": "novel", "score": 0.91, "label": None, "model_version": "v0.0"}
+            counts = {"per_day": 50, "left": 38, "open": 1, "answered": 11}
+            page = {**counts, "requests": [{**asked, "ref": place, "asked_at": "2024-05-01T00:00:00Z"}]}
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps(page).encode())
@@ -536,6 +542,16 @@ def test_quarantine_is_listed_with_its_reasons_and_the_labellers(quiet: Path) ->
     assert asked[0][0] == "/streams/intents/quarantine?labeller=night+shift&limit=100&after=0"
     assert json.loads(shown.stdout)["event_id"] == "e1"
     assert (missing.exit_code, "no label 8" in missing.stderr) == (1, True)
+
+
+def test_open_requests_say_where_the_event_lies_and_what_is_left(quiet: Path) -> None:
+    """A labeller needs the event; a script needs one object a line."""
+    with learner() as (url, _):
+        listed = run("requests", "intents", "--learner", url)
+        lines = run("requests", "intents", "--format", "json", "--learner", url)
+    for word in ("e7", "novel", "0.910", "reports[2]@48121", "38 of 50", "answered: 11"):
+        assert word in listed.stdout
+    assert [json.loads(line)["event_id"] for line in lines.stdout.splitlines()] == ["e7"]
 
 
 def test_labels_are_released_and_dropped_by_what_is_named(quiet: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from learner.asking import Asker, AskingSettings
 from learner.curation import Curator
 from learner.encoders import build_telemetry_encoder
 from learner.joining import Joiner, JoinTopics
@@ -31,16 +32,24 @@ class Log:
 
     def __init__(self) -> None:
         self.events: list[Record] = []
+        self.gone: set[Place] = set()
 
     def read(self, places: Iterable[Place]) -> dict[Place, Record]:
-        return {place: self.events[place.offset] for place in places}
+        return {place: self.events[place.offset] for place in places if place not in self.gone}
 
 
 class Desk:
     """Publishes windows of classes and labels of them, and joins both."""
 
     def __init__(
-        self, path: Path, *, trust: TrustSettings | None = None, rule: str = "latest", seed: int = 0, **plan: Any
+        self,
+        path: Path,
+        *,
+        trust: TrustSettings | None = None,
+        rule: str = "latest",
+        seed: int = 0,
+        asking: AskingSettings | None = None,
+        **plan: Any,
     ) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.now = NOW
@@ -63,6 +72,11 @@ class Desk:
         )
         self.learner.open(NOW)
         self.log = Log()
+        learners = {STREAM: self.learner}
+        asking = asking or AskingSettings(per_day=0)
+        self.asker = Asker(
+            self.store, self.epoch, learners, {STREAM: asking}, "label-requests", self.metrics, lambda: self.now
+        )
         self.joiner = Joiner(
             self.store,
             self.epoch,
@@ -74,6 +88,7 @@ class Desk:
             {STREAM: rule},
             self.metrics,
             lambda: self.now,
+            self.asker,
         )
         self.joiner.starts([("labels", 0), ("predictions", 0)])
         self.curator = Curator(
@@ -94,8 +109,8 @@ class Desk:
     def close(self) -> None:
         self.store.close()
 
-    def event(self, name: str, served: str | None = None) -> Prediction:
-        """An event that truly is of class `name`; what was answered for it is `served`."""
+    def event(self, name: str, served: str | None = None, novelty: float = 0.5, lead: float = 1.0) -> Prediction:
+        """An event that truly is of class `name`; what was answered for it is `served`, ahead by `lead`."""
         if name not in self._centres:
             self._centres[name] = np.random.default_rng(len(self._centres)).normal(0, 3, (len(CHANNELS), 1))
         values = self._centres[name] + self._chance.normal(0, 0.5, (len(CHANNELS), 8))
@@ -113,8 +128,8 @@ class Desk:
             event_id=event.event_id,
             stream=STREAM,
             label=served,
-            probabilities={},
-            novelty=0.5,
+            probabilities={} if served is None else {served: (1 + lead) / 2, "another": (1 - lead) / 2},
+            novelty=novelty,
             model_version="v1.1",
             ref=Place(topic="telemetry", partition=0, offset=offset),
             observed_at=event.observed_at,
