@@ -19,6 +19,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -45,6 +46,8 @@ FENCED = frozenset(
 UNREADABLE = frozenset({KafkaError._BAD_COMPRESSION, KafkaError._BAD_MSG})
 """What the client says of a message that it cannot unpack: one that would be too large (100 MB), or is damaged."""
 
+COMMIT_SECONDS = 40.0
+"""After so long the end of a transaction is no longer waited for."""
 TRANSACTION_TIMEOUT_MS = 10_000
 """How long a worker killed in mid-transaction can hide what others commit after it on its partitions."""
 
@@ -447,16 +450,43 @@ class KafkaWriter:
                 producer.begin_transaction()
                 self._produce(messages)
             with self._seconds.labels("commit").time():
-                producer.send_offsets_to_transaction(offsets, member, 30)
-                producer.commit_transaction(30)
+                self._end(
+                    lambda: (producer.send_offsets_to_transaction(offsets, member, 30), producer.commit_transaction(30))
+                )
         except KafkaException as error:
             self._abort(error)
             if self._broken:
                 raise RetryLater(f"the transaction's end is not known: {error.args[0].str()}") from error
             _reraise(error)
         except BaseException:
-            self._abort(None)
+            if not self._broken:
+                self._abort(None)
             raise
+
+    def _end(self, action: Callable[[], Any]) -> None:
+        """Do what ends a transaction, and give the producer up where that never comes back.
+
+        The client (2.16) may wait without end for its coordinator after the network was cut, whatever timeout it is
+        given. Its thread is left behind then, with the old producer, whose transaction the next one aborts.
+
+        Raises:
+            RetryLater: it did not come back in time.
+        """
+        done: Future[Any] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=act, name="transaction", daemon=True).start()
+        try:
+            done.result(COMMIT_SECONDS)
+        except TimeoutError as error:
+            logger.error("a transaction did not end within %.0f s; its producer is given up", COMMIT_SECONDS)
+            self._broken = True
+            raise RetryLater(f"the transaction did not end within {COMMIT_SECONDS:.0f} s") from error
 
     def _abort(self, cause: KafkaException | None) -> None:
         """Give the transaction up; where that fails, the producer is given up with it, and the next one aborts it."""

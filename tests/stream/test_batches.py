@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -72,6 +73,37 @@ def test_answers_to_what_was_read_before_a_rebalance_are_refused(group: Group) -
     writer.close()
     assert group.kafka.consume_all(group.answers) == []
     assert group.kafka.committed(group.prefix + "group", group.events) == {}
+
+
+def test_a_commit_that_never_comes_back_is_given_up_and_done_again(
+    group: Group, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a network cut the client may wait for ever, whatever its timeout; the worker would stop answering."""
+
+    class Stuck:
+        """A producer whose offsets are never acknowledged."""
+
+        def __init__(self, real: Producer) -> None:
+            self._real = real
+
+        def send_offsets_to_transaction(self, *_: object) -> None:
+            threading.Event().wait()
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._real, name)
+
+    reader = group.reader()
+    batch = group.first_batch(reader)
+    answers = [Outgoing(group.answers, b"k", record.value) for record in batch.records]
+    writer = KafkaWriter(group.kafka.client(), reader, "exactly_once", group.prefix + "one", Metrics())
+    writer._producer = Stuck(writer._producer)  # type: ignore[assignment]
+    monkeypatch.setattr("stream.batches.COMMIT_SECONDS", 1.0)
+    with pytest.raises(RetryLater):
+        writer.write(batch, answers)
+    monkeypatch.undo()
+    writer.write(batch, answers)
+    writer.close()
+    assert [record.value for record in group.kafka.consume_all(group.answers)] == [m.value for m in answers]
 
 
 def test_a_message_read_just_before_a_rebalance_is_not_twice_in_a_batch(group: Group) -> None:
