@@ -346,7 +346,8 @@ def test_a_retrain_makes_a_version_that_is_promoted_and_rolled_back(site: Site) 
     expect(other.get_by_role("status")).to_contain_text("rollback by first: it is worse at night")
     until(lambda: {"first", "second"} <= {one.who for one in site.audit() if one.action == "rollback"}, seconds=30)
     page.goto(f"{site.address}/console/#/audit")
-    expect(page.get_by_role("row").filter(has_text="first")).to_contain_text("it is worse at night")
+    row = page.get_by_role("row").filter(has=page.get_by_role("cell", name="first", exact=True))
+    expect(row).to_contain_text("it is worse at night")
     for each in (page, other):
         each.context.close()
 
