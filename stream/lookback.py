@@ -21,6 +21,7 @@ from stream.events import Decoder, Event, Place, Record
 RUN_GAP = 2_000
 """Places at most this many offsets apart are read in one run: reading on is cheaper than another seek."""
 
+UNKNOWN = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION})
 NOT_THERE = frozenset({KafkaError._PARTITION_EOF, KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE})
 
 
@@ -73,11 +74,26 @@ class Lookback:
         try:
             low, _ = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=self._seconds)
         except KafkaException as error:
-            if error.args[0].code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION):
+            # The client says so as well while it cannot reach a broker, and what is taken for gone is never learned.
+            if error.args[0].code() in UNKNOWN and not self._exists(topic, partition):
                 return None
             raise RetryLater(f"{topic}[{partition}]: {error.args[0].str()}") from error
         # Not every broker tells the true end here; a place came from a prediction, so it was below the end once.
         return low, 2**63 - 1
+
+    def _exists(self, topic: str, partition: int) -> bool:
+        """Whether a broker knows the partition.
+
+        Raises:
+            RetryLater: none answers.
+        """
+        try:
+            found = self._consumer.list_topics(topic, timeout=self._seconds).topics[topic]
+        except KafkaException as error:
+            raise RetryLater(f"{topic}[{partition}]: {error.args[0].str()}") from error
+        if found.error is not None and found.error.code() not in UNKNOWN:
+            raise RetryLater(f"{topic}[{partition}]: {found.error.str()}")
+        return partition in found.partitions
 
     def _read_run(self, topic: str, partition: int, offsets: list[int]) -> list[Record]:
         wanted, last = set(offsets), offsets[-1]
@@ -94,6 +110,7 @@ class Lookback:
                     if message.offset() in wanted:
                         found.append(record_of(message))
                 elif error.code() in NOT_THERE:
+                    self._exists(topic, partition)  # a broker has said it, and not a client that lost them all
                     return found
                 elif error.code() in UNREADABLE:
                     position = step_over(self._consumer, message, position).offset + 1
