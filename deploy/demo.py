@@ -38,7 +38,7 @@ from deploy.console.front import Front, desktop
 from deploy.demo_data import DemoStream, intents, interleave, rotation, storm
 from stream.batches import TopicTail
 from stream.errors import Misconfigured, RetryLater
-from stream.events import Event, Label, Prediction, Record, Telemetry, encode, utc_now
+from stream.events import Event, Label, LabelRequest, Prediction, Record, Telemetry, encode, utc_now
 from stream.kafka import KafkaSettings, TopicKind, Topics, create_topics
 from stream.service import free_port
 
@@ -176,6 +176,7 @@ class Demo:
         self.twin_predictions: list[Prediction] = []
         self.published: list[Event | Label] = []
         self.labels: list[reporting.Arrived] = []
+        self.requests: list[LabelRequest] = []
         self.dead_letters = 0
         self._ending = threading.Event()
         self._lock = threading.Lock()
@@ -297,7 +298,7 @@ class Demo:
 
     @contextlib.contextmanager
     def _threads(self, bootstrap: str) -> Iterator[None]:
-        names: tuple[TopicKind, ...] = ("predictions", "labels", "model_versions", "dead_letters")
+        names: tuple[TopicKind, ...] = ("predictions", "labels", "label_requests", "model_versions", "dead_letters")
         readers = [
             threading.Thread(
                 target=self._guarded, args=(self._read, bootstrap, self.topics.name(name), name), daemon=True
@@ -411,6 +412,8 @@ class Demo:
         elif kind == "labels":
             at = datetime.fromtimestamp(record.timestamp_ms / 1000, UTC)
             self.labels.append(reporting.Arrived(Label.model_validate_json(value), at))
+        elif kind == "label_requests":
+            self.requests.append(LabelRequest.model_validate_json(value))
         elif kind == "model_versions":
             pointer = json.loads(value)
             if pointer["kind"] == "champion":
@@ -488,6 +491,7 @@ class Demo:
                 labels=[arrived for arrived in self.labels if arrived.label.stream == stream.name],
                 frozen=[p for p in self.twin_predictions if p.stream == stream.name],
                 waves=stream.waves,
+                requests=[one for one in self.requests if one.stream == stream.name],
             )
             for stream in self.streams
         ]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from stream.events import Label, Prediction
+from stream.events import Label, LabelRequest, Prediction
 from stream.model import UNTAUGHT
 
 WINDOW = 200
@@ -66,6 +66,7 @@ class StreamRun:
         labels: every message of the topic `labels` that is of this stream, repeats and corrections included.
         frozen: the pinned twin's predictions, from its own topic; empty where there was none.
         waves: how many events came before each wave of new classes; the first is 0.
+        requests: labels that the learner asked for, repeats included.
     """
 
     name: str
@@ -76,6 +77,7 @@ class StreamRun:
     labels: Sequence[Arrived]
     frozen: Sequence[Prediction] = ()
     waves: Sequence[int] = (0,)
+    requests: Sequence[LabelRequest] = ()
 
 
 class Point(BaseModel):
@@ -126,6 +128,7 @@ class StreamReport(BaseModel):
             high by chance too: blocks of 15 with a recall of 0.8 that never moves come out near 0.12.
         versions: how many versions answered; `swaps` is how often the answering version changed.
         revisions: how many revisions answered.
+        requested: events that a label was asked for, and `requests_answered`, those whose label came after that.
         words: what the numbers say, in sentences.
     """
 
@@ -162,6 +165,8 @@ class StreamReport(BaseModel):
     swaps: int
     swapped: list[Swap]
     waves: list[int]
+    requested: int
+    requests_answered: int
     words: list[str]
     timeline: list[Point]
 
@@ -264,6 +269,8 @@ def summarise(run: StreamRun) -> StreamReport:
         swaps=len(swapped),
         swapped=swapped,
         waves=list(run.waves),
+        requested=len({one.event_id for one in run.requests}),
+        requests_answered=answered(run.requests, run.labels),
         words=words(right, answers, numbers, len(own)),
         timeline=timeline(scored, right, answers, order),
     )
@@ -285,6 +292,20 @@ def standing_labels(labels: Collection[Arrived]) -> dict[str, str | None]:
     for one in sorted(labels, key=lambda one: (one.label.labelled_at, one.at)):
         standing[one.label.event_id] = one.label.label
     return standing
+
+
+def answered(requests: Collection[LabelRequest], labels: Collection[Arrived]) -> int:
+    """Of how many events a label was asked for and came afterwards, from anyone."""
+    asked: dict[str, datetime] = {}
+    for one in sorted(requests, key=lambda one: one.asked_at):
+        asked.setdefault(one.event_id, one.asked_at)
+    return len(
+        {
+            one.label.event_id
+            for one in labels
+            if one.label.label is not None and one.label.event_id in asked and one.at >= asked[one.label.event_id]
+        }
+    )
 
 
 def naive_answers(scored: Sequence[Prediction], labels: Collection[Arrived]) -> dict[str, list[str | None]]:
@@ -561,7 +582,8 @@ def _section(name: str, stream: StreamReport) -> str:
         f"{stream.events:,} events, {stream.predictions:,} predictions, {stream.labels:,} label messages, "
         f"{stream.scored:,} events scored, {stream.classes} classes. {_count(stream.versions, 'version')} and "
         f"{_count(stream.revisions, 'revision')} answered, with {_count(stream.swaps, 'swap')}. "
-        f"{stream.lost:,} lost, {stream.duplicated:,} duplicated."
+        f"{stream.lost:,} lost, {stream.duplicated:,} duplicated. "
+        f"{_count(stream.requested, 'label')} asked for, {stream.requests_answered:,} of these answered."
     )
     return (
         f"<section><h2>{html.escape(name)}</h2><p>{html.escape(stream.question)}</p><ul>{said}</ul>"

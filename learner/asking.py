@@ -130,17 +130,18 @@ def choose(
     centre = (known if len(known) >= _CENTRED_FROM else together).mean(axis=0)
     # Two alone lie opposite each other about their mean, whatever they are.
     units = _units(together - centre) if len(together) >= _CENTRED_FROM else _units(together)
-    asked, fresh = list(units[: len(known)]), units[len(known) :]
+    fresh = units[len(known) :]
+    like = fresh @ fresh.T
+    nearest = (fresh @ units[: len(known)].T).max(axis=1, initial=-1.0)
     chosen: list[int] = []
     twins: list[int] = []
-    for row, unit in enumerate(fresh):
+    for row in range(len(fresh)):
         if len(chosen) == count:
             break
-        if asked and float(np.max(np.stack(asked) @ unit)) >= alike:
+        if max(nearest[row], like[row, chosen].max(initial=-1.0)) >= alike:
             twins.append(row)
-            continue
-        chosen.append(row)
-        asked.append(unit)
+        else:
+            chosen.append(row)
     return chosen, twins
 
 

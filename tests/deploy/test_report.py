@@ -30,7 +30,7 @@ from deploy.report import (
     summarise,
     write_report,
 )
-from stream.events import Label, Place, Prediction
+from stream.events import Label, LabelRequest, Place, Prediction
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -144,6 +144,30 @@ def test_lost_and_duplicated_are_counted_by_event_and_by_place() -> None:
     assert (report.events, report.predictions, report.lost, report.duplicated) == (3, 4, 1, 1)
     assert report.scored == 2
     assert report.accuracy == 1.0
+
+
+def test_a_request_is_answered_by_a_label_that_came_after_it() -> None:
+    """A label that was on its way anyway is no answer, and a repeated request is one."""
+    predictions = [answer(number, "a") for number in range(3)]
+    requests = [
+        LabelRequest(
+            event_id=one.event_id,
+            stream="s",
+            ref=one.ref,
+            observed_at=one.observed_at,
+            why="novel",
+            score=0.9,
+            label="a",
+            model_version="v1.1",
+            asked_at=at(5),
+        )
+        for one in predictions
+    ]
+    labels = [told(0, "a", 4), told(1, "b", 6), told(1, "a", 7), told(2, None, 8)]
+    made = run(predictions, labels)
+    made = StreamRun(made.name, made.question, made.source, made.events, predictions, labels, (), (0,), requests * 2)
+    report = summarise(made)
+    assert (report.requested, report.requests_answered) == (3, 1)
 
 
 def test_swaps_are_changes_of_version_not_of_revision() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,13 @@ import pytest
 from learner.app import LearnerApp
 from learner.control import Refused
 from learner.curation import BURST, UNTRUSTED
+from learner.encoders import Encoder, build_telemetry_encoder
+from learner.heads import dequantise
+from learner.online import EncoderShelf, OnlineLearner
 from learner.trust import TrustSettings
 from replay.store import Held
 from stream.events import Record
-from tests.learner.desk import STREAM, Desk
+from tests.learner.desk import CHANNELS, STREAM, Desk
 
 CLASSES = [f"class {letter}" for letter in "abcdef"]
 WATCHFUL = TrustSettings(every_labels=100, window=1_000)
@@ -355,3 +359,41 @@ def test_invented_names_cost_no_more_than_others(desk: Callable[..., Desk], monk
     with one.store.transaction(one.epoch, one.now) as tx:
         assert tx.purge().quarantine == 1_950
     assert [row.label.label for row in one.store.quarantined(limit=1)] == ["invented 2000"]
+
+
+def test_the_first_label_of_a_new_class_makes_it_answer_at_once(desk: Callable[..., Desk]) -> None:
+    """No second label, no fine-tune, no restart: the next event like it is answered by its name."""
+    one = desk()
+    one.say([(name, name, "ann") for name in ("class a", "class b") for _ in range(30)])
+    assert one.learner.announce(one.now)
+    one.say([("never seen", "never seen", "ann")])
+    assert one.learner.announce(one.now), "the guard knows that a young class may rise"
+    asked = [one.event("never seen") for _ in range(10)]
+    embedded = one.joiner.embedded(STREAM, {event.event_id: event.ref for event in asked})
+    head, bound = one.learner.serving.head, one.learner.encoder.spec.bound
+    assert head is not None
+    found = head.predict(dequantise(np.stack(list(embedded.values())), bound))
+    assert found.count("never seen") >= 8
+
+
+def test_a_base_model_whose_size_changed_waits_for_a_fine_tune(desk: Callable[..., Desk], tmp_path: Path) -> None:
+    """What was learned is in the old one's space: it goes on answering, and nothing of both sizes is mixed."""
+    one = desk()
+    one.say([(name, name, "ann") for name in ("class a", "class b") for _ in range(15)])
+    assert one.learner.announce(one.now)
+    before, sums = one.learner.serving, one.learner.sums.copy()
+
+    def larger() -> Encoder:
+        return build_telemetry_encoder(CHANNELS, 0, window=8, dimension=64, learned=4)
+
+    plan = replace(one.learner.plan, base=larger)
+    epoch = one.store.claim("again", one.now)
+    registry = one.learner._registry
+    again = OnlineLearner(plan, one.store, registry, EncoderShelf(registry, "cpu"), epoch, "versions", one.metrics)
+    again.open(one.now)
+    assert again.encoder.spec.dimension == 32
+    assert again.sums == sums
+    assert again.serving.encoder == before.encoder
+    assert again.announce(one.now)
+    assert again.serving.head is not None
+    assert again.serving.head.dimension == 32
