@@ -30,7 +30,7 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from time import monotonic
@@ -403,6 +403,7 @@ class LearnerStore:
         self._replay = dict(replay or {})
         self._engine = t.connect(url)
         self._writing = threading.Lock()
+        self._transactions = 0
         try:
             with self._write() as connection:
                 t.create(connection)
@@ -505,6 +506,12 @@ class LearnerStore:
             if found != epoch:
                 raise Superseded(f"the store is owned under epoch {found}, this learner's is {epoch}")
             yield Transaction(self, connection, epoch, now)
+        self._transactions += 1
+        # After 1, 2, 4, 8 ... of them: as often as a table may have doubled since.
+        if self._engine.dialect.name == "postgresql" and self._transactions & (self._transactions - 1) == 0:
+            # What was asked for is kept by now, so that no failure of this may look like one of that.
+            with suppress(RetryLater), self._write() as connection:
+                t.analyze(connection)
 
     def offsets(self) -> dict[tuple[str, int], int]:
         """By (topic, partition), the offset of the next message to read."""

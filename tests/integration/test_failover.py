@@ -179,6 +179,8 @@ def test_a_leader_that_was_stopped_changes_nothing_when_it_goes_on(pair: Pair) -
     pair.leads(port)
     pair.learned()
     assert epoch_of(deployment) == epoch + 1
+    # The new leader's own look at how well each class was answered, every few seconds, ends in its database too.
+    until(lambda: looked(deployment))
     before = contents(deployment)
     stopped.send_signal(signal.SIGCONT)
     assert stopped.wait(120) == 1
@@ -213,6 +215,14 @@ def test_a_database_that_is_away_for_a_while_is_waited_for(pair: Pair, server: P
         tenure = store.tenure()
         assert tenure is not None
         assert tenure.lease is None, "whoever comes next need not wait"
+
+
+def looked(deployment: Deployment) -> bool:
+    """Whether the best recalls are those of all that was scored by now."""
+    with store_of(deployment) as store:
+        best = store.best_recall("handed")
+        now = {name: right / total for name, (right, total) in store.recalls("handed").items()}
+    return best.keys() == now.keys() and all(best[name] >= recall for name, recall in now.items())
 
 
 def is_learner(process: subprocess.Popen[bytes]) -> bool:

@@ -174,6 +174,19 @@ def test_locks_that_are_not_given_end_in_another_try(stores: tuple[LearnerStore,
         run("DELETE FROM no_such_table")
 
 
+def test_a_lookup_reads_what_it_asks_for_and_not_the_table(stores: tuple[LearnerStore, LearnerStore]) -> None:
+    """Before the server has counted a table that has grown, it takes a batch for half of it and reads it whole."""
+    learner = Learner(stores[0])
+    for first in range(0, 800, 100):
+        learner.step(batch_of(100, first=first))
+    query = "EXPLAIN SELECT label FROM examples WHERE stream = 'storm' AND event_id = ANY ('{n1,n2,n3}')"
+    with stores[0]._read() as connection:
+        plan = "\n".join(connection.exec_driver_sql(query).scalars())
+        counted = connection.scalar(sa.text("SELECT n_distinct FROM pg_stats WHERE tablename = 'examples' LIMIT 1"))
+    assert counted is not None
+    assert "examples_pkey" in plan, plan
+
+
 def test_a_server_that_is_away_for_a_while() -> None:
     """The learner tries again and says why; what was committed is there afterwards, and nothing else."""
     server = PostgresServer().start()
