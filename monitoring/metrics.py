@@ -335,10 +335,16 @@ class Metrics:
             "trimtab_join_index_predictions", "Predictions in the join index, waiting for labels.", registry=into
         )
         self.disk_free = Gauge(
-            "trimtab_disk_free_bytes", "Free on the disk that holds a place the process writes.", ["place"], registry=into
+            "trimtab_disk_free_bytes",
+            "Free on the disk that holds a place the process writes.",
+            ["place"],
+            registry=into,
         )
         self.disk_size = Gauge(
-            "trimtab_disk_size_bytes", "Size of the disk that holds a place the process writes.", ["place"], registry=into
+            "trimtab_disk_size_bytes",
+            "Size of the disk that holds a place the process writes.",
+            ["place"],
+            registry=into,
         )
         self.build_info = Gauge(
             "trimtab_build_info", "1, with the release and the process's part.", ["version", "process"], registry=into

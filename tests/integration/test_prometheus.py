@@ -42,7 +42,7 @@ STREAMS: dict[str, Any] = {
     "probe": {**STREAM, "forgetting_budget": 0.25},
     "idle": STREAM,
 }
-BEFORE, AFTER = 210, 15
+BEFORE, AFTER = 270, 15
 """How many events of `probe` there are, each with its label, before and after the promotion."""
 
 LAST = range(200, 205)
@@ -156,12 +156,12 @@ def load(deployment: Deployment) -> None:
     late = utc_now() + timedelta(seconds=90)
     deployment.label(*(label("probe", event, event.partition("-")[0], late) for event in ids))
     until(lambda: deployment.status("probe")["scored"] == len(ids), seconds=120)
-    # Twice, because what the estimate of the accuracy learned from the first it is judged by on the second.
-    for start in (100, 120):
+    # Again and again, because the estimate of the accuracy learns from some and is judged by those after.
+    for start in (100, 120, 140):
         numbers = range(start, start + 20)
         ids = publish(deployment, [window("probe", name, number) for name in FREQUENCIES for number in numbers])
         deployment.label(*(label("probe", event, event.partition("-")[0], late) for event in ids))
-        until(lambda: deployment.status("probe")["scored"] == BEFORE - 60 * (start == 100), seconds=120)
+        until(lambda scored=90 + 3 * (start - 80): deployment.status("probe")["scored"] == scored, seconds=120)
     deployment.kafka.produce(deployment.topics.name("telemetry"), [(b"torn", b"{", ())])
     deployment.kafka.produce(deployment.topics.name("labels"), [(b"torn", b"{", ())])
     until(lambda: len(deployment.records("dead_letters")) == 2)
@@ -173,7 +173,13 @@ def load(deployment: Deployment) -> None:
     if deployment.versions("probe")["v2"]["state"] != "promoted":
         code, answer = deployment.ask("probe", "promote", version="v2", force=True)
         assert code == 202, answer
+    until(lambda: any(name.startswith("v2.") for name in serving(deployment)), seconds=60)
     publish(deployment, [window("probe", name, number) for name in FREQUENCIES for number in LAST])
+
+
+def serving(deployment: Deployment) -> set[str]:
+    """The revision that the worker answers `probe` with."""
+    return set(Scrape(deployment.worker_port).by("trimtab_revision_info", "version", stream="probe"))
 
 
 def settled(deployment: Deployment, server: Prometheus) -> bool:
