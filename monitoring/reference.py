@@ -47,7 +47,7 @@ def reference() -> str:
 
 
 def _name(metric: MetricWrapperBase) -> str:
-    return metric._name + ("_total" if metric._type == "counter" else "")
+    return str(metric._name) + ("_total" if metric._type == "counter" else "")
 
 
 def _groups(name: str) -> list[dict[str, Any]]:
