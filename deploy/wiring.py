@@ -71,6 +71,22 @@ def open_registry(settings: Settings) -> Registry:
     )
 
 
+def disks(settings: Settings) -> dict[str, Path]:
+    """What a learner writes on this machine, by the name that its disk has in the metrics."""
+    from sqlalchemy.engine import make_url
+
+    places = {"jobs": settings.learner.jobs}
+    database = make_url(settings.learner.store)
+    if database.get_backend_name() == "sqlite" and database.database:
+        places["database"] = Path(database.database)
+    scheme, _, path = settings.registry.url.rpartition("://")
+    if scheme in ("", "file", "local"):
+        places["registry"] = Path(path)
+    else:
+        places["cache"] = settings.registry.cache_dir
+    return places
+
+
 def run_worker(
     settings: Settings,
     *,
@@ -141,6 +157,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     use_threads(settings.learner.threads)
     metrics, health = Metrics(), Health("lease", "models", "source", "outbox")
     metrics.open_learner(settings.streams, release=version("trimtab"), reasons=list(Reason))
+    metrics.watch_disks(disks(settings))
     http = settings.learner.http if port is None else settings.learner.http.model_copy(update={"port": port})
     group = settings.topics.prefix + settings.learner.group
     shell = Shell(f"{group}-control", settings.kafka, http, health, metrics)

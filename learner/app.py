@@ -427,6 +427,7 @@ class LearnerApp:
             metrics.set_bounded(metrics.replay_examples, stream, {name: float(n) for name, n in counts.items()})
             metrics.classes.labels(stream).set(len(learner.sums.counts))
             metrics.serving(stream, learner.serving.name)
+            metrics.scored_by(stream, learner.serving.name, "right", 0)
             waiting = parts.store.quarantine_counts(stream)
             for reason in QUARANTINE_REASONS:
                 metrics.quarantined.labels(stream, reason).set(waiting.get(reason, 0))

@@ -316,8 +316,9 @@ class Joiner:
                 metrics.repeated_events.labels(stream).inc(count)
         for row in quarantined:
             metrics.labels.labels(row.label.stream, "quarantined").inc()
-        for (stream, outcome), count in joined.first_scores.items():
+        for (stream, outcome, revision), count in joined.first_scores.items():
             metrics.scored.labels(stream, outcome).inc(count)
+            metrics.scored_by(stream, revision, outcome, count)
         for prediction, _ in predictions:
             estimator = self.estimators.get(prediction.stream)
             if estimator is not None and prediction.probabilities:

@@ -293,6 +293,7 @@ class Slot:
             self._serving[stream] = serving  # one assignment: a reader sees the old one or the new one
             self._metrics.swaps.labels(stream).inc()
             self._metrics.serving(stream, serving.name, self._clock())
+            self._metrics.answered(stream, serving.name, 0)
             self._swapped.notify_all()
 
     def _refuse(self, stream: str, error: BrokenVersion) -> None:

@@ -8,16 +8,23 @@ thousand revisions and a thousand classes as on the first day:
 - `stream`, `topic`, `stage`, `kind`, `cause`, `reason`, `outcome`, `action`, `message`: fixed by the
   settings or the code. An event of a stream that is not configured is counted as `UNKNOWN_STREAM`.
 - `class`: only through `Metrics.set_bounded`.
-- `version` of `revision_info`: only through `Metrics.serving`.
+- `version` of `revision_info`: only through `Metrics.serving`; elsewhere through `Metrics.answered` and
+  `Metrics.scored_by`.
+- `place`: what `Metrics.watch_disks` was told.
+
+`python -m monitoring.reference` writes docs/metrics.md from what is declared here.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import math
+import shutil
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from prometheus_client import (
     REGISTRY,
@@ -38,6 +45,9 @@ UNKNOWN_STREAM = "unknown"
 
 OTHER = "other"
 """The `class` label of all classes beyond the worst ones."""
+
+VERSIONS_SHOWN = 10
+"""How many versions of a stream keep series of their own: those that were used last."""
 
 KINDS = ("input", "prediction", "error")
 STAGES = ("decode", "predict", "produce", "commit")
@@ -110,6 +120,7 @@ class Metrics:
         self._lock = threading.Lock()
         self._serving: dict[str, str] = {}
         self._classes: dict[tuple[int, str], set[str]] = {}
+        self._versions: dict[tuple[int, str], dict[str, None]] = {}
         if self.registry is not REGISTRY:
             ProcessCollector(registry=self.registry)
             PlatformCollector(registry=self.registry)
@@ -121,6 +132,12 @@ class Metrics:
         into = self.registry
         self.events = Counter("trimtab_events_total", "Events read from Kafka.", ["stream"], registry=into)
         self.predictions = Counter("trimtab_predictions_total", "Predictions written.", ["stream"], registry=into)
+        self.version_predictions = Counter(
+            "trimtab_version_predictions_total",
+            "Predictions written, by the version that answered: those used last.",
+            ["stream", "version"],
+            registry=into,
+        )
         self.dead_letters = Counter(
             "trimtab_dead_letters_total", "Messages parked in dead letters.", ["stream", "reason"], registry=into
         )
@@ -194,6 +211,12 @@ class Metrics:
             "trimtab_scored_total",
             "Served predictions scored by their label (prequential).",
             ["stream", "outcome"],
+            registry=into,
+        )
+        self.version_scored = Counter(
+            "trimtab_version_scored_total",
+            "Served predictions scored by their label, by the version that answered: those used last.",
+            ["stream", "version", "outcome"],
             registry=into,
         )
         self.accuracy = Gauge(
@@ -311,6 +334,18 @@ class Metrics:
         self.join_index = Gauge(
             "trimtab_join_index_predictions", "Predictions in the join index, waiting for labels.", registry=into
         )
+        self.disk_free = Gauge(
+            "trimtab_disk_free_bytes",
+            "Free on the disk that holds a place the process writes.",
+            ["place"],
+            registry=into,
+        )
+        self.disk_size = Gauge(
+            "trimtab_disk_size_bytes",
+            "Size of the disk that holds a place the process writes.",
+            ["place"],
+            registry=into,
+        )
         self.build_info = Gauge(
             "trimtab_build_info", "1, with the release and the process's part.", ["version", "process"], registry=into
         )
@@ -399,6 +434,54 @@ class Metrics:
             if since is not None:
                 self.revision_age.labels(stream).set(since)
 
+    def answered(self, stream: str, revision: str, count: int) -> None:
+        """Count predictions under the version of the revision that made them.
+
+        With a count of 0 the series is made ready, so that its first increment is seen as one.
+        """
+        version = self._use(self.version_predictions, stream, revision, ((),))
+        self.version_predictions.labels(stream, version).inc(count)
+
+    def scored_by(self, stream: str, revision: str, outcome: str, count: int) -> None:
+        """Count scored predictions under the version of the revision that made them; see `answered`.
+
+        Args:
+            outcome: one of `SCORED_OUTCOMES`.
+        """
+        version = self._use(self.version_scored, stream, revision, tuple((each,) for each in SCORED_OUTCOMES))
+        self.version_scored.labels(stream, version, outcome).inc(count)
+
+    def _use(self, counter: Counter, stream: str, revision: str, endings: tuple[tuple[str, ...], ...]) -> str:
+        """The version of a revision, as the one used last; the one used longest ago loses its series beyond the limit.
+
+        A version that comes back begins again at 0, which Prometheus takes for a restart.
+        """
+        version = revision.partition(".")[0]
+        with self._lock:
+            used = self._versions.setdefault((id(counter), stream), {})
+            known = version in used
+            used.pop(version, None)
+            used[version] = None
+            if not known:
+                for ending in endings:
+                    counter.labels(stream, version, *ending)
+            if len(used) > VERSIONS_SHOWN:
+                oldest = next(iter(used))
+                del used[oldest]
+                for ending in endings:
+                    counter.remove(stream, oldest, *ending)
+        return version
+
+    def watch_disks(self, places: Mapping[str, Path]) -> None:
+        """Expose how full the disks are, looked at with each scrape; NaN for one that cannot be seen.
+
+        Args:
+            places: by name, a folder or file that the process writes; it need not be there yet.
+        """
+        for place, path in places.items():
+            self.disk_free.labels(place).set_function(functools.partial(_disk, path, 2))
+            self.disk_size.labels(place).set_function(functools.partial(_disk, path, 0))
+
     def set_bounded(self, gauge: Gauge, stream: str, values: Mapping[str, float], worst: int = 20) -> None:
         """Set a gauge of (stream, class) for the `worst` greatest values and one `other` for the rest.
 
@@ -429,6 +512,15 @@ class Metrics:
     def render(self) -> tuple[bytes, str]:
         """The text exposition of all metrics, and its content type."""
         return generate_latest(_WithoutCreated(self.registry)), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _disk(path: Path, which: int) -> float:
+    """One number of the disk's (size, used, free), by the nearest folder that is there."""
+    there = next((each for each in (path, *path.absolute().parents) if each.exists()), Path("/"))
+    try:
+        return float(shutil.disk_usage(there)[which])
+    except OSError:
+        return math.nan
 
 
 class _WithoutCreated:

@@ -210,7 +210,7 @@ class Joined:
         label_outcomes: by (stream, outcome): repeated, superseded, waiting, disagreed. The outcomes of
             `changes` are counted once they are done; see `Change.outcome`.
         prediction_outcomes: by (stream, outcome): joined, repeated, repeated_event.
-        first_scores: by (stream, `right` or `wrong`), the events scored for the first time.
+        first_scores: by (stream, `right` or `wrong`, revision), the events scored for the first time.
     """
 
     served: tuple[Served, ...]
@@ -221,7 +221,7 @@ class Joined:
     class_names: frozenset[tuple[str, str]]
     label_outcomes: Counter[tuple[str, str]]
     prediction_outcomes: Counter[tuple[str, str]]
-    first_scores: Counter[tuple[str, str]]
+    first_scores: Counter[tuple[str, str, str]]
     unlabelled: tuple[tuple[EventKey, str], ...] = ()
 
 
@@ -287,7 +287,7 @@ def join(
     changes: list[Change] = []
     scores: list[Score] = []
     unscored: list[EventKey] = []
-    first_scores: Counter[tuple[str, str]] = Counter()
+    first_scores: Counter[tuple[str, str, str]] = Counter()
     for key in sorted({*served, *spoken}):
         stream, event_id = key
         rule = RULES[(rules or {}).get(stream, "latest")]
@@ -317,7 +317,7 @@ def join(
         elif new is not None and new != old:
             scores.append(new)
             if old is None:
-                first_scores[stream, "right" if new.right else "wrong"] += 1
+                first_scores[stream, "right" if new.right else "wrong", new.model_version] += 1
 
     return Joined(
         served=tuple(row for key, row in served.items() if row != known.served.get(key)),

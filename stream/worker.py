@@ -18,7 +18,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -157,6 +157,8 @@ class Classifier:
         self._metrics.event_age.labels(stream).observe_many(ages)
         self._metrics.novelty.labels(stream).observe_many([answer.novelty for answer in answers])
         self._metrics.predictions.labels(stream).inc(len(outgoing))
+        for revision, count in Counter(answer.model_version for answer in answers).items():
+            self._metrics.answered(stream, revision, count)
         return outgoing
 
     def dead_letter(self, refusal: DeadLetter, record: Record) -> Outgoing:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2] / "monitoring"
 DASHBOARDS = ROOT / "grafana" / "dashboards"
 PROMETHEUS = ROOT / "prometheus"
+RULES = ("recording.yml", "alerts.yml")
+"""The rule files, in the order in which Prometheus is to read them."""
 
 BUILT_IN = {"__rate_interval": "1m", "__interval": "15s", "__range": "15m", "__range_s": "900"}
 """What Grafana itself fills in, for a dashboard that shows the last 15 minutes."""
 
-_NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
+_NAME = re.compile(r"(?<![\w:.])[a-zA-Z_:][a-zA-Z0-9_:]*")
 _WORDS = frozenset(
     (
         "and",
@@ -117,6 +121,35 @@ def variable_queries() -> dict[str, str]:
         for variable in dashboard["templating"]["list"]
         if variable["type"] == "query"
     }
+
+
+def listed(query: str, values: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """The series and the label that a variable's `label_values(series, label)` lists, with its variables filled in."""
+    match = re.fullmatch(r"label_values\((.+), (\w+)\)", query)
+    assert match is not None, query
+    return substitute(match[1], {"stream": ".*", **(values or {})}), match[2]
+
+
+def rule_groups() -> list[dict[str, Any]]:
+    """The groups of all rule files."""
+    return [group for name in RULES for group in yaml.safe_load((PROMETHEUS / name).read_text())["groups"]]
+
+
+def rules() -> list[dict[str, Any]]:
+    """All rules, recording and alerting."""
+    return [rule for group in rule_groups() for rule in group["rules"]]
+
+
+def measured(names: Iterable[str]) -> set[str]:
+    """The names, with each recorded series replaced by the metrics that it is computed from."""
+    made: dict[str, set[str]] = {}
+    for rule in rules():
+        if "record" in rule:
+            made.setdefault(rule["record"], set()).update(metric_names(rule["expr"]))
+    found = set(names)
+    while recorded := found & made.keys():
+        found = (found - recorded).union(*(made[name] for name in recorded))
+    return found
 
 
 def annotation_expressions() -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from monitoring.metrics import UNKNOWN_STREAM, Metrics
+from monitoring.metrics import UNKNOWN_STREAM, VERSIONS_SHOWN, Metrics
 
 
 def series(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
@@ -113,6 +115,58 @@ def test_a_thousand_revisions_leave_one_series() -> None:
         (("stream", "b"), ("version", "v1.0")): 1,
     }
     assert series(metrics, "trimtab_serving_since_timestamp_seconds") == {(("stream", "a"),): 999.0}
+
+
+def test_the_versions_used_last_are_counted_and_the_others_let_go() -> None:
+    """A label that keeps every version would fill Prometheus; one that a rollback brings back must be seen again."""
+    metrics = Metrics()
+    for number in range(1, 13):
+        metrics.answered("a", f"v{number}.7", number)
+        metrics.scored_by("a", f"v{number}.8", "wrong", 1)
+    kept = {f"v{number}" for number in range(3, 13)}
+    assert len(kept) == VERSIONS_SHOWN
+    assert {dict(labels)["version"] for labels in series(metrics, "trimtab_version_predictions_total")} == kept
+    metrics.answered("a", "v3.9", 5)
+    metrics.answered("a", "v13.0", 0)
+    shown = series(metrics, "trimtab_version_predictions_total")
+    assert shown[(("stream", "a"), ("version", "v3"))] == 8
+    assert (("stream", "a"), ("version", "v4")) not in shown
+    assert shown[(("stream", "a"), ("version", "v13"))] == 0, "its first prediction would not be seen as an increase"
+    scored = series(metrics, "trimtab_version_scored_total")
+    assert scored[(("outcome", "right"), ("stream", "a"), ("version", "v12"))] == 0
+    assert len(scored) == 2 * VERSIONS_SHOWN
+
+
+def test_a_thousand_classes_and_ten_thousand_versions_cost_no_more_than_a_few() -> None:
+    """What a scrape costs is decided by the settings, not by how long the process has run or what users name."""
+
+    def run(classes: int, versions: int) -> Metrics:
+        metrics = Metrics()
+        metrics.open_worker(["a"], release="0.1.0", reasons=["ragged"])
+        metrics.open_learner(["a"], release="0.1.0", reasons=["ragged"])
+        values = {f"class {number}": number / classes for number in range(classes)}
+        for gauge in (metrics.forgetting, metrics.replay_examples):
+            metrics.set_bounded(gauge, "a", values)
+        for number in range(versions):
+            metrics.serving("a", f"v{number}.0", since=float(number))
+            metrics.answered("a", f"v{number}.0", 1)
+            metrics.scored_by("a", f"v{number}.0", "right", 1)
+        return metrics
+
+    def size(metrics: Metrics) -> int:
+        return sum(line.startswith("trimtab_") for line in metrics.render()[0].decode().splitlines())
+
+    assert size(run(1_000, 10_000)) == size(run(21, VERSIONS_SHOWN)) < 400
+
+
+def test_disks_are_looked_at_with_each_scrape(tmp_path: Path) -> None:
+    """A disk that fills between two steps of the learner must still be seen; a folder yet to be made has a disk too."""
+    metrics = Metrics()
+    metrics.watch_disks({"jobs": tmp_path / "not" / "yet", "database": tmp_path})
+    free, size = (series(metrics, f"trimtab_disk_{name}_bytes") for name in ("free", "size"))
+    assert set(free) == set(size) == {(("place", "jobs"),), (("place", "database"),)}
+    assert size[(("place", "jobs"),)] == shutil.disk_usage(tmp_path).total
+    assert all(0 <= value <= size[place] for place, value in free.items())
 
 
 def test_the_worst_classes_are_named_and_the_rest_averaged() -> None:

@@ -154,7 +154,7 @@ def test_scores_follow_the_label_that_counts() -> None:
     """Accuracy is of what was served, against what is known now."""
     state = told(prediction("x"))
     joined = one(state, label("x"))
-    assert joined.first_scores == {("s", "right"): 1}
+    assert joined.first_scores == {("s", "right", "v1.1"): 1}
     state = after(state, joined)
     joined = one(state, label("y", at=1, minute=1))
     assert [score.right for score in joined.scores] == [False]
