@@ -226,7 +226,7 @@ def test_classes_grow_from_run_to_run(strategy: Strategy, tmp_path: Path) -> Non
     encoder, state = first_run(strategy)
     for kinds, old in (((4, 3), (1, 2)), ((0,), (1, 2, 3, 4))):
         state.save(tmp_path)
-        rows = windows(kinds, 8, "new") + windows(old, 8, "kept")
+        rows = windows(kinds, 24, "new") + windows(old, 24, "kept")
         trained = train(encoder, rows, TrainingState.load(tmp_path), settings_of(strategy, epochs=4), CPU)
         state = trained.state
         assert recall(encoder, trained, kinds[0]) >= 0.8
