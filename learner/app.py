@@ -219,6 +219,7 @@ class LearnerApp:
         self._opened = asyncio.Event()
         self._joining_ended = asyncio.Event()
         self._parts: Parts | None = None
+        self._connecting: Future[Parts] | None = None
         self._announced_at = 0.0
         self._drifts: dict[tuple[str, str], int] = {}
         shell.turn = self._stand_by
@@ -311,6 +312,8 @@ class LearnerApp:
             await asyncio.sleep(self._lease.pause)
         health.ready("lease")
         self._lease.keep(self.shell.fail, self._note_database)
+        # Models are loaded while the control topic's group comes together, which takes seconds as well.
+        self._connecting = self._learning.submit(self._connect, self.learn)
 
     def _note_database(self, why: str | None) -> None:
         if why is None:
@@ -327,7 +330,8 @@ class LearnerApp:
     async def _join_batches(self) -> None:
         loop = asyncio.get_running_loop()
         try:
-            self._parts = await loop.run_in_executor(self._learning, self._connect, self.learn)
+            assert self._connecting is not None
+            self._parts = await asyncio.wrap_future(self._connecting)
             self.parts.trainer.start()
             for stream, budget in self.parts.budgets.items():
                 self.metrics.forgetting_budget.labels(stream).set(budget)
@@ -823,9 +827,18 @@ class LearnerApp:
         """Finish the step, stop training, send what is still to be sent, leave the group."""
         self._ending.set()
         loop = asyncio.get_running_loop()
-        if self._parts is None:
+        connecting: Future[Parts] | None = self._connecting
+        if self._parts is None and (connecting is None or connecting.cancel()):
             await loop.run_in_executor(None, self._lease.leave)
             return
+        if self._parts is None and connecting is not None:
+            self._joining_ended.set()
+            try:
+                self._parts = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(connecting)), timeout=30)
+            except Exception:
+                # Whoever waited for the parts has said why there are none.
+                await loop.run_in_executor(None, self._lease.leave)
+                return
         try:
             await asyncio.wait_for(self._joining_ended.wait(), timeout=30)
         except TimeoutError:

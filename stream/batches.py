@@ -553,13 +553,14 @@ def _headers_of(message: Message) -> Headers:
     """The headers; none of them where a name is not UTF-8, which Kafka takes and the client makes a mess of."""
     try:
         found = message.headers()
+        if not found:
+            return ()
+        # In place of such a name the client (2.16) may leave a null pointer, and to look at it ends the process. The
+        # garbage collector's view of a pair passes over it. It may leave its error pending as well, for whichever call
+        # comes next to raise.
+        if any(len(gc.get_referents(pair)) != 2 for pair in found):
+            return ()
     except (SystemError, UnicodeDecodeError):
-        return ()
-    if not found:
-        return ()
-    # In place of such a name the client (2.16) may leave a null pointer, and to look at it ends the process. The
-    # garbage collector's view of a pair passes over it.
-    if any(len(gc.get_referents(pair)) != 2 for pair in found):
         return ()
     return tuple(found)
 

@@ -45,6 +45,11 @@ FULL_SPEED = ("-Xmx512m",)
 QUICK_START = (*FULL_SPEED, "-XX:TieredStopAtLevel=1")
 """Half the processor time to start, for a broker that lives for a test run; slower once it is warm."""
 
+UNSETTLED = frozenset(
+    {KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.COORDINATOR_NOT_AVAILABLE}
+)
+"""What a broker says of a group whose coordinator it does not know yet."""
+
 Payload = bytes | str | None
 Outgoing = tuple[Payload, Payload] | tuple[Payload, Payload, Iterable[tuple[str, bytes]]]
 """(key, value) or (key, value, headers) of a message to publish."""
@@ -319,8 +324,18 @@ class KafkaBroker:
         """The offsets that a consumer group has committed; partitions without one are left out."""
         # Asked through a consumer that joins nothing: the admin client (2.16) crashes when it is asked often.
         asker = Consumer({**self.client(), "group.id": group, "enable.auto.commit": False})
+        asked = [TopicPartition(topic, p) for p in self.partitions(topic)]
+        ends = time.monotonic() + 30
         try:
-            answer = asker.committed([TopicPartition(topic, p) for p in self.partitions(topic)], timeout=30)
+            while True:
+                try:
+                    answer = asker.committed(asked, timeout=30)
+                    break
+                except KafkaException as error:
+                    # A new group's coordinator may still be loading its log.
+                    if error.args[0].code() not in UNSETTLED or time.monotonic() > ends:
+                        raise
+                    time.sleep(0.1)
         finally:
             asker.close()
         return {place.partition: place.offset for place in answer if place.offset >= 0}
