@@ -148,7 +148,7 @@ class Chaos:
     def learner_replaced(self) -> None:
         self._alive(LEARNER)
         old = self.field.process(LEARNER)
-        old.send_signal(signal.SIGSTOP)
+        self._stop_between_transactions(old)
         try:
             self.field.replace(LEARNER)
             self._alive(LEARNER)
@@ -231,6 +231,21 @@ class Chaos:
         self.wait(0.5, 2)
 
     # How
+
+    def _stop_between_transactions(self, learner: subprocess.Popen[str]) -> None:
+        """SIGSTOP of a learner that holds no lock of SQLite: with one, nobody else can lead until it goes on or ends."""
+        while True:
+            learner.send_signal(signal.SIGSTOP)
+            try:
+                with contextlib.closing(
+                    sqlite3.connect(self.field.directory / "learner.db", timeout=1, isolation_level=None)
+                ) as connection:
+                    connection.execute("BEGIN IMMEDIATE")
+                    connection.execute("ROLLBACK")
+                return
+            except sqlite3.OperationalError:
+                learner.send_signal(signal.SIGCONT)
+                self.wait(0.05, 0.5)
 
     def _another(self) -> str:
         self._joined += 1
