@@ -38,7 +38,7 @@ ANSWER = Answer(
 PACKAGES = ("confluent-kafka", "faust-streaming", "mode-streaming", "prometheus-client", "pydantic", "quixstreams")
 
 
-class NullModel:
+class NullModel(Model):
     """Answers every event alike, at no cost."""
 
     def predict(self, stream: str, events: Sequence[Event]) -> list[Answer]:

@@ -1,8 +1,8 @@
-"""Does it stay as fast when there is more of everything? More workers, streams, announced revisions, predictions indexed.
+"""Does it stay as fast when there is more of everything: workers, streams, announced revisions, predictions indexed?
 
-`workers`: events a second of 1, 2 and 4 workers of one group whose model only waits. `streams`: what an event costs a worker
-that serves 1, 10 or 100 streams. `start`: until a worker's first answer after 100,000 announced revisions, and after one.
-`index`: predictions and labels that the learner takes into a large join index, and into a small one. See
+`workers`: events a second of 1, 2 and 4 workers of one group whose model only waits. `streams`: what an event costs a
+worker that serves 1, 10 or 100 streams. `start`: until a worker's first answer after 100,000 announced revisions, and
+after one. `index`: predictions and labels that the learner takes into a large join index, and into a small one. See
 benchmarks/README.md for what is fair in that and what is not.
 """
 
@@ -22,7 +22,6 @@ from confluent_kafka import Consumer, KafkaException, Producer, TopicPartition
 from rich.console import Console
 
 from benchmarks import store, weights
-from benchmarks.forward import CLASSES as QUESTION_CLASSES
 from benchmarks.forward import base_encoder, questions
 from benchmarks.kafka import PARTITIONS, QUIET, BenchmarkFailed, Contestant, Kafka, Passage, running_kafka
 from benchmarks.pace import wait_for
@@ -97,7 +96,7 @@ def _together(kafka: Kafka, count: int, total: int) -> float:
             for member in members:
                 member.check()
 
-        # Whoever has a partition commits what lies in it; all do when each committed since the group was last shared out.
+        # Nothing is published before the partitions are shared out, so no member is timed alone.
         wait_for(lambda: _spread(kafka, config["group"]) == count, 240, "joining the group", check, every=0.3)
         each = total // PARTITIONS
         producer = Producer({"bootstrap.servers": kafka.bootstrap, **QUIET, "linger.ms": 20})
@@ -145,7 +144,7 @@ def streams(kafka: Kafka, chosen: argparse.Namespace, console: Console) -> list[
     for model, total in (("null", chosen.notes), ("slot", chosen.questions)):
         found: dict[int, list[Passage]] = {count: [] for count in STREAMS}
         with tempfile.TemporaryDirectory(prefix="trimtab-registry-") as registry:
-            pointers = _text_versions(registry, max(STREAMS), chosen) if model == "slot" else []
+            pointers = _text_versions(registry, max(STREAMS)) if model == "slot" else []
             for round_ in range(chosen.runs):
                 for count in STREAMS if round_ % 2 == 0 else reversed(STREAMS):
                     passage = _dealt_out(kafka, model, count, total, registry, pointers)
@@ -186,7 +185,7 @@ def _dealt_out(kafka: Kafka, model: str, count: int, total: int, registry: str, 
         return passage
 
 
-def _text_versions(url: str, count: int, chosen: argparse.Namespace) -> list[Pointer]:
+def _text_versions(url: str, count: int) -> list[Pointer]:
     """MiniLM for so many streams, each with a head of its own over the 150 classes."""
     registry, encoder = Registry(url), base_encoder("cpu")
     reports, labels = questions(600)
@@ -195,7 +194,7 @@ def _text_versions(url: str, count: int, chosen: argparse.Namespace) -> list[Poi
     sums = HeadSums(encoder.spec.dimension, encoder.spec.bound, DEFAULT_WIDTH)
     sums.add(quantise(embeddings, encoder.spec.bound), labels)
     head = solve(sums)
-    assert head is not None and len(set(labels)) == QUESTION_CLASSES
+    assert head is not None
     found = []
     for number in range(count):
         tensors = head.tensors()

@@ -1,7 +1,7 @@
 """The contestants of `benchmarks.scale`, one a process: ``python -m benchmarks.scaling NAME CONFIG_JSON``.
 
-`sleeper` is the worker with a model that waits and computes nothing; `null` one whose model answers at once; `slot` the one
-that ships, with the revisions on `versions` and the weights in `registry`.
+`sleeper` is the worker with a model that waits and computes nothing; `null` one whose model answers at once; `slot` the
+one that ships, with the revisions on `versions` and the weights in `registry`.
 """
 
 from __future__ import annotations
