@@ -1,8 +1,9 @@
 """How long an event waits for its answer, and a label for the answer that it changes.
 
 The worker that ships, with MiniLM, reads events that come at random at half of the rate that it reaches at most; beside
-it the bare forward pass of one batch. Then a whole deployment, worker and learner: a class that nobody knew is labelled,
-and the clock runs until the first answer that names it. See benchmarks/README.md for what is fair in that and what is not.
+it the bare forward pass of one batch. Then a whole deployment, worker and learner: a class that nobody knew is
+labelled, and the clock runs until the first answer that names it. See benchmarks/README.md for what is fair in that and
+what is not.
 """
 
 from __future__ import annotations
