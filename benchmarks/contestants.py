@@ -38,7 +38,7 @@ ANSWER = Answer(
 PACKAGES = ("confluent-kafka", "faust-streaming", "mode-streaming", "prometheus-client", "pydantic", "quixstreams")
 
 
-class NullModel:
+class NullModel(Model):
     """Answers every event alike, at no cost."""
 
     def predict(self, stream: str, events: Sequence[Event]) -> list[Answer]:
@@ -58,7 +58,7 @@ def run_worker(config: Mapping[str, Any], model: Callable[[], Model] = NullModel
     """The worker process, whole: Faust app, pages, metrics, channel, agent; only the model is ours.
 
     Args:
-        config: bootstrap, group, source, predictions, dead_letters, versions, exactly_once, batch, stream?.
+        config: bootstrap, group, source, predictions, dead_letters, versions, exactly_once, batch, rules?.
         model: makes the model, in the thread that connects.
     """
     from monitoring.metrics import Metrics
@@ -70,7 +70,7 @@ def run_worker(config: Mapping[str, Any], model: Callable[[], Model] = NullModel
     connection = KafkaSettings(bootstrap_servers=config["bootstrap"]).confluent()
     metrics, group = Metrics(), config["group"]
     shell = Shell(group, None, HttpSettings(), Health("model-versions", "source"), metrics)
-    rules = [StreamRules(config.get("stream", STREAM), "text")]
+    rules = [StreamRules(*rule) for rule in config.get("rules", [(STREAM, "text")])]
 
     def connect() -> Parts:
         made = model()

@@ -104,7 +104,7 @@ def run_slot(config: Mapping[str, Any]) -> int:
         registry, device, precision = Registry(config["registry"]), config["device"], config["precision"]
         return Slot(registry, {STREAM: ()}, Metrics(), device=device, precision=precision)
 
-    return run_worker({**config, "stream": STREAM}, model)
+    return run_worker({**config, "rules": [(STREAM, "text")]}, model)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,15 @@ def running_kafka(bootstrap: str | None) -> Iterator[Kafka]:
     Raises:
         BenchmarkFailed: there is none and none can be started.
     """
+    with running_broker(bootstrap) as broker:
+        yield Kafka(broker.bootstrap)
+
+
+@contextlib.contextmanager
+def running_broker(bootstrap: str | None) -> Iterator[KafkaBroker]:
+    """As `running_kafka`, in the form that a whole deployment is made on."""
     if bootstrap is not None:
-        yield Kafka(bootstrap)
+        yield _Given(bootstrap)
         return
     with tempfile.TemporaryDirectory(prefix="trimtab-benchmark-") as directory:
         # Topics are deleted after each run; their files must not wait a minute on the disk.
@@ -80,9 +87,21 @@ def running_kafka(bootstrap: str | None) -> Iterator[Kafka]:
         except (KafkaUnavailable, KafkaFailed) as error:
             raise BenchmarkFailed(str(error)) from error
         try:
-            yield Kafka(broker.bootstrap)
+            yield broker
         finally:
             broker.stop()
+
+
+class _Given(KafkaBroker):
+    """A broker that runs already and goes on running."""
+
+    def __init__(self, bootstrap: str) -> None:
+        super().__init__(Path())
+        self._given = bootstrap
+
+    @property
+    def bootstrap(self) -> str:
+        return self._given
 
 
 class Kafka:
@@ -155,6 +174,14 @@ class Kafka:
         finally:
             consumer.close()
         return count
+
+    def shares(self, group: str) -> list[int]:
+        """How many partitions each member of a group has."""
+        try:
+            found = self._admin.describe_consumer_groups([group], request_timeout=10)[group].result(30)
+        except KafkaException:
+            return []
+        return [len(member.assignment.topic_partitions) for member in found.members]
 
     def watch(
         self,

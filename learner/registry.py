@@ -310,6 +310,21 @@ class Pointer(BaseModel):
             raise ValueError(f"a pointer of {len(value)} bytes, at most {MAX_POINTER_BYTES} are allowed")
         return value
 
+    @staticmethod
+    def rank(value: bytes) -> tuple[int, int] | None:
+        """The (epoch, sequence) that a message claims, at a quarter of the cost of `decode` and with nothing verified.
+
+        None where it is none that `decode` would take.
+        """
+        if len(value) > MAX_POINTER_BYTES:
+            return None
+        try:
+            found = json.loads(value)
+            epoch, sequence = found["epoch"], found["sequence"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return (epoch, sequence) if type(epoch) is int and type(sequence) is int else None
+
     @classmethod
     def decode(cls, key: bytes, value: bytes) -> Self:
         """The pointer of one message; fields that this version does not know are part of the checksum.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from learner.encoders import Encoder, load_encoder, payload
 from learner.heads import LinearHead
@@ -32,6 +33,8 @@ from stream.model import UNTAUGHT, Answer
 
 logger = logging.getLogger(__name__)
 
+HELD = 200
+"""Announcements of a stream's past that are compared by their rank before the newest of them is decoded."""
 SUBSTITUTES = 3
 """Revisions of one version that are tried in place of a broken one, before its own head is."""
 
@@ -90,6 +93,7 @@ class Slot:
         self._serving: dict[str, _Serving] = {}
         self._encoders: weakref.WeakValueDictionary[Digest, Encoder] = weakref.WeakValueDictionary()
         self._waiting: dict[str, Pointer] = {}
+        self._past: dict[str, list[tuple[tuple[int, int], bytes, bytes]]] = {}
         self._catching_up = False
         self._timer: threading.Timer | None = None
         self._swapped = threading.Condition(threading.RLock())
@@ -103,13 +107,40 @@ class Slot:
         Raises:
             ValueError: the encoder gave a number that is not finite, or an event does not fit it.
         """
-        serving = self._serving.get(stream)
-        if serving is None:
-            return [UNTAUGHT] * len(events)
-        if serving.head is None or not events:
-            return [Answer(label=None, probabilities=(), novelty=1.0, model_version=serving.name)] * len(events)
-        channels = self._channels[stream]
-        embeddings = serving.encoder.embed([payload(event, channels) for event in events])
+        return self.predict_all({stream: events})[stream]
+
+    def predict_all(self, parts: Mapping[str, Sequence[Event]]) -> dict[str, list[Answer]]:
+        """As `predict`, for the events of several streams; those that share an encoder go through it together.
+
+        With a hundred streams a batch has a handful of events of each, and a network needs nearly as long for a handful
+        as for a hundred.
+        """
+        serving = {stream: self._serving.get(stream) for stream in parts}
+        members: dict[Encoder, list[str]] = {}
+        for stream, one in serving.items():
+            if one is not None and one.head is not None and parts[stream]:
+                members.setdefault(one.encoder, []).append(stream)
+        answers: dict[str, list[Answer]] = {}
+        for encoder, streams in members.items():
+            embeddings = encoder.embed(
+                [payload(event, self._channels[stream]) for stream in streams for event in parts[stream]]
+            )
+            first = 0
+            for stream in streams:
+                part, one = embeddings[first : first + len(parts[stream])], serving[stream]
+                assert one is not None
+                answers[stream] = self._answers(one, parts[stream], part)
+                first += len(part)
+        for stream, one in serving.items():
+            if stream not in answers:
+                # Nothing was announced, or nothing learned, or nothing asked.
+                name = UNTAUGHT.model_version if one is None else one.name
+                untaught = Answer(label=None, probabilities=(), novelty=1.0, model_version=name)
+                answers[stream] = [untaught] * len(parts[stream])
+        return answers
+
+    def _answers(self, serving: _Serving, events: Sequence[Event], embeddings: npt.NDArray[np.float32]) -> list[Answer]:
+        assert serving.head is not None
         finite = np.isfinite(embeddings).all(axis=1)
         if not finite.all():
             event = events[int(np.argmin(finite))]
@@ -135,16 +166,45 @@ class Slot:
         if stream not in self._channels or stream in self._pinned or value is None:
             return
         with self._swapped:
-            try:
-                pointer = Pointer.decode(key, value)
-            except BrokenVersion as error:
-                self._refuse(stream, error)
-                return
-            if pointer.kind == "version" or not pointer.after(self._newest(stream)):
-                return
-            self._waiting[stream] = pointer
-            if not self._catching_up:
+            if self._catching_up:
+                self._hold(stream, key, value)
+            elif self._take(stream, key, value):
                 self._load(stream)
+
+    def _take(self, stream: str, key: bytes, value: bytes) -> bool:
+        """Whether a message is news; what it names then waits to be loaded."""
+        try:
+            pointer = Pointer.decode(key, value)
+        except BrokenVersion as error:
+            self._refuse(stream, error)
+            return False
+        if pointer.kind == "version" or not pointer.after(self._newest(stream)):
+            return False
+        self._waiting[stream] = pointer
+        return True
+
+    def _hold(self, stream: str, key: bytes, value: bytes) -> None:
+        """Keep an announcement of the past until it is known whether any of the next `HELD` is newer.
+
+        After a month there are a hundred thousand of them. To check each as if it were to be served would take longer
+        than all else that a start needs.
+        """
+        rank = Pointer.rank(value)
+        if rank is None:
+            self._take(stream, key, value)  # which says what is wrong with it
+            return
+        past = self._past.setdefault(stream, [])
+        past.append((rank, key, value))
+        if len(past) >= HELD:
+            self._sift(stream)
+
+    def _sift(self, stream: str) -> None:
+        """Take the newest whole one of those held; what is older than it changes nothing, whole or not."""
+        for rank, key, value in sorted(self._past.pop(stream, ()), reverse=True):
+            newest = self._newest(stream)
+            if newest is not None and rank <= (newest.epoch, newest.sequence):
+                return
+            self._take(stream, key, value)
 
     @contextlib.contextmanager
     def catching_up(self) -> Iterator[None]:
@@ -163,6 +223,8 @@ class Slot:
         finally:
             with self._swapped:
                 self._catching_up = False
+                for stream in list(self._past):
+                    self._sift(stream)
                 self.retry()
         with self._swapped:
             missing = sorted(set(self._waiting) - set(self._serving))

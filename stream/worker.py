@@ -19,7 +19,7 @@ import logging
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -81,13 +81,13 @@ class Classifier:
                     outgoing.append(self.dead_letter(refusal, record))
                 else:
                     streams[event.stream].append((record, event))
+        with self._stage("predict"):
+            answers_of = self._all_answers({s: [event for _, event in members] for s, members in streams.items()})
         for stream, members in streams.items():
             self._metrics.events.labels(stream).inc(len(members))
-            with self._stage("predict"):
-                found = self._answers(stream, [event for _, event in members])
             answered: list[tuple[Record, Event]] = []
             answers: list[Answer] = []
-            for (record, event), answer in zip(members, found, strict=True):
+            for (record, event), answer in zip(members, answers_of[stream], strict=True):
                 if isinstance(answer, Exception):
                     detail = f"the model fails on it alone: {type(answer).__name__}: {answer}"
                     outgoing.append(
@@ -98,6 +98,22 @@ class Classifier:
                     answers.append(answer)
             outgoing.extend(self._predict(stream, answered, answers))
         return outgoing
+
+    def _all_answers(self, streams: Mapping[str, Sequence[Event]]) -> dict[str, list[Answer | Exception]]:
+        """Each stream's answers, all streams at once where the model can, else one after another."""
+        if len(streams) > 1:
+            try:
+                found = self._model.predict_all(streams)
+            except TrimtabError:
+                raise
+            except Exception as error:
+                logger.info("%d streams at once: %s: %s; one after another", len(streams), type(error).__name__, error)
+            else:
+                for stream, events in streams.items():
+                    _check_count(stream, found[stream], events)
+                self._failed_in_a_row = 0
+                return {stream: list(answers) for stream, answers in found.items()}
+        return {stream: self._answers(stream, events) for stream, events in streams.items()}
 
     def _answers(self, stream: str, events: Sequence[Event]) -> list[Answer | Exception]:
         """The model's answer to each event, or the error of one that makes the model fail.
@@ -128,8 +144,7 @@ class Classifier:
             if self._failed_in_a_row > POISON_IN_A_ROW:
                 raise
             return [error]
-        if len(answers) != len(events):
-            raise RuntimeError(f"stream {stream!r}: {len(answers)} answers for {len(events)} events")
+        _check_count(stream, answers, events)
         self._failed_in_a_row = 0
         return list(answers)
 
@@ -169,6 +184,11 @@ class Classifier:
 
     def _stage(self, name: str) -> AbstractContextManager[object]:
         return self._metrics.stage_seconds.labels(name).time()
+
+
+def _check_count(stream: str, answers: Sequence[Answer], events: Sequence[Event]) -> None:
+    if len(answers) != len(events):
+        raise RuntimeError(f"stream {stream!r}: {len(answers)} answers for {len(events)} events")
 
 
 def dead_letter(topic: str, refusal: DeadLetter, record: Record, at: datetime) -> Outgoing:

@@ -97,12 +97,16 @@ class Deployment:
 
     def stop(self) -> None:
         """End every process, and show what they logged."""
+        self.end()
+        for log in sorted(self.directory.glob("*.log")):
+            sys.stdout.write(f"--- {log.name}\n{log.read_text()[-20_000:]}\n")
+
+    def end(self) -> None:
+        """End every process."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGKILL)
             process.wait()
-        for log in sorted(self.directory.glob("*.log")):
-            sys.stdout.write(f"--- {log.name}\n{log.read_text()[-20_000:]}\n")
 
     # HTTP
 

@@ -20,7 +20,7 @@ import torch
 from learner.encoders import Encoder, build_telemetry_encoder, build_text_encoder
 from learner.heads import LinearHead
 from learner.registry import Pointer, Registry, VersionManifest
-from learner.slot import Slot
+from learner.slot import HELD, Slot
 from monitoring.metrics import Metrics
 from stream.errors import Misconfigured, RetryLater
 from stream.events import Report, Telemetry
@@ -379,6 +379,54 @@ def test_a_start_loads_only_what_is_current(slot: Slot, trainer: Trainer, regist
     assert slot.revision("s") == "v1.29"
     assert metrics.registry.get_sample_value("trimtab_swaps_total", {"stream": "s"}) == 1
     assert refused(metrics, "missing") == 0
+
+
+def test_a_start_after_many_announcements_takes_the_newest_whole_one(
+    slot: Slot, trainer: Trainer, metrics: Metrics
+) -> None:
+    """Most of a long past is passed over by its rank alone, so a broken end of it must not hide what came before."""
+    trainer.version("s", base(), head("a"))
+    trainer.version("t", base(), head("b"))
+    other = trainer.message("t", "v1.0", kind="champion")
+    key, value = trainer.message("s", "v1.0", kind="champion")
+    made = Pointer.decode(key, value)
+
+    def announced(number: int) -> bytes:
+        return made.model_copy(update={"sequence": number, "revision": number, "checksum": ""}).encode()
+
+    past = [announced(number) for number in range(10, 10 + 3 * HELD)]
+    altered = [announced(number).replace(b'"kind": "champion"', b'"kind": "revision"') for number in (5_000, 5_001)]
+    late = [announced(3), b"{}", past[-1]]
+    with slot.catching_up():
+        slot.announce(*other)
+        for value in [*past, *altered, *late]:
+            slot.announce(key, value)
+    assert (slot.revision("s"), slot.revision("t")) == (f"v1.{9 + 3 * HELD}", "v1.0")
+    assert (refused(metrics, "altered"), refused(metrics, "malformed")) == (2, 1)
+    slot.announce(key, announced(9 + 3 * HELD))
+    assert metrics.registry.get_sample_value("trimtab_swaps_total", {"stream": "s"}) == 1, "a repeat is no news"
+
+
+def test_streams_that_share_an_encoder_go_through_it_together(slot: Slot, trainer: Trainer) -> None:
+    """Each stream is still answered by its own head, and one that nothing was announced for says so."""
+    for stream in ("s", "t"):
+        trainer.version(stream, base(), head(stream))
+        slot.announce(*trainer.message(stream, "v1.0", kind="champion"))
+    ours, theirs = events(4), events(3)
+    together = slot.predict_all({"s": ours, "t": theirs, "nobody": events(2)})
+    for stream, members in (("s", ours), ("t", theirs)):
+        alone = slot.predict(stream, members)
+        assert [answer.label for answer in together[stream]] == [answer.label for answer in alone]
+        assert {(answer.label or "").partition("/")[0] for answer in alone} == {stream}
+        shares = [[share for _, share in answer.probabilities] for answer in (*together[stream], *alone)]
+        np.testing.assert_allclose(shares[: len(members)], shares[len(members) :], atol=1e-5)
+    assert together["nobody"] == [UNTAUGHT] * 2
+    passes: list[int] = []
+    encoder = slot._serving["s"].encoder
+    embed = encoder.embed
+    encoder.embed = lambda payloads: (passes.append(len(payloads)), embed(payloads))[1]  # type: ignore[method-assign]
+    slot.predict_all({"s": ours, "t": theirs})
+    assert passes == [7]
 
 
 def test_a_start_with_a_broken_revision_serves_its_version(

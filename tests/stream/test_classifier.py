@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -117,3 +117,47 @@ def test_a_broken_model_shows_through_batches_of_one() -> None:
         assert one.answer([record(encode_report("!"), n)])[0].topic == "dead-letters"
     with pytest.raises(IndexError):
         one.answer([record(encode_report("!"))])
+
+
+class Shared(Poisoned):
+    """Answers all streams at once, as a model does whose streams share a network, and fails on `!` in any of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at_once = 0
+
+    def predict_all(self, parts: Mapping[str, Sequence[Event]]) -> Mapping[str, list[Answer]]:
+        self.at_once += 1
+        return super().predict_all(parts)
+
+
+def from_streams(texts: Sequence[str], names: Sequence[str]) -> list[Record]:
+    """A record of each text, of one stream after another."""
+    return [
+        record(encode(Report(event_id="e", stream=names[n % len(names)], observed_at=utc_now(), text=text)), n)
+        for n, text in enumerate(texts)
+    ]
+
+
+def test_the_streams_of_a_batch_are_answered_in_one_call() -> None:
+    """A hundred streams with five events each would otherwise cost a hundred passes of the network."""
+    names = [f"s{n}" for n in range(4)]
+    model = Shared()
+    several = Classifier(model, Decoder([StreamRules(n, "text") for n in names]), "predictions", "dead", Metrics())
+    texts = ["a" * (n + 1) for n in range(12)]
+    outgoing = several.answer(from_streams(texts, names))
+    assert model.at_once == 1
+    answers = [Prediction.model_validate_json(message.value or b"") for message in outgoing]
+    assert {a.ref.offset: (a.stream, a.label) for a in answers} == {
+        n: (names[n % 4], str(len(text))) for n, text in enumerate(texts)
+    }
+
+
+def test_poison_in_one_stream_costs_the_others_nothing() -> None:
+    """Answered at once they fail at once, and a stream must not lose its events to another's poison."""
+    names = ["s0", "s1", "s2"]
+    model = Shared()
+    several = Classifier(model, Decoder([StreamRules(n, "text") for n in names]), "predictions", "dead", Metrics())
+    outgoing = several.answer(from_streams(["fine", "!", "fine", "fine", "fine", "fine"], names))
+    assert [dict(m.headers)["trimtab-offset"] for m in outgoing if m.topic == "dead"] == [b"1"]
+    assert sum(message.topic == "predictions" for message in outgoing) == 5

@@ -18,12 +18,12 @@ from monitoring.metrics import Metrics
 from stream.batches import BatchSettings, KafkaReader, KafkaWriter, Outgoing, TopicTail
 from stream.events import Decoder, Event, Record, Report, StreamRules
 from stream.kafka import KafkaSettings
-from stream.model import Answer
+from stream.model import Answer, Model
 from stream.service import Health, HttpSettings, Shell
 from stream.worker import Classifier, Parts, Worker
 
 
-class LengthModel:
+class LengthModel(Model):
     """Answers a report with its length; its version is the last announcement it read."""
 
     def __init__(self, seconds: float = 0.0) -> None:
