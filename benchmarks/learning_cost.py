@@ -2,7 +2,8 @@
 
 `finetune`: samples a second of a whole fine-tune, beside a bare PyTorch loop over the same network, batches and
 precision. `head`: the instant head's time and bytes for a label and for an event, as classes grow. `store`: what
-adding an example to the learner's database costs, and reading it for a fine-tune, as the store grows.
+adding an example to the learner's database costs, and reading it for a fine-tune, as the store grows. `names`: what a
+labeller costs who invents a class for every label.
 See benchmarks/README.md for what is fair in that and what is not.
 """
 
@@ -26,10 +27,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from benchmarks.learning.live import STREAM as LIVE
+from benchmarks.learning.live import Live
 from benchmarks.report import Result, Row, machine, options, publish, versions
 from learner.encoders import Encoder, Payload, build_telemetry_encoder
 from learner.finetune import FineTuneSettings
 from learner.heads import DEFAULT_WIDTH, HeadSums, quantise, solve
+from monitoring.metrics import Metrics
 from replay.policy import ReplaySettings
 from replay.store import Content, LearnerStore
 from stream.errors import TrimtabError
@@ -37,7 +41,7 @@ from stream.events import Label, Place, Prediction
 from stream.join import join, touched
 
 PACKAGES = ("torch", "transformers", "avalanche-lib", "numpy", "scipy", "sqlalchemy")
-PARTS = ("finetune", "head", "store")
+PARTS = ("finetune", "head", "store", "names")
 CLASSES = (10, 100, 1_000)
 DIMENSION, BOUND = 384, 1.0
 LABELS_AT_A_TIME = 256
@@ -46,6 +50,8 @@ STORES = (1_000, 10_000, 100_000)
 ADDED = 2_000
 BATCH = 500
 """Labels in one transaction."""
+NAMES, DAYS = 100_000, 20
+"""Invented class names, and the days they come on: more days than a stream needs to reach its most classes."""
 START = datetime(2024, 1, 1, tzinfo=UTC)
 
 STREAM = "cost"
@@ -72,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows += head(chosen, say)
         if "store" in chosen.only:
             rows += store(chosen, say)
+        if "names" in chosen.only:
+            rows += names(say, NAMES // 50 if chosen.quick else NAMES)
     except TrimtabError as error:
         err.print(f"benchmarks.learning_cost: {error}", style="red", markup=False)
         return 1
@@ -378,6 +386,46 @@ class Filling:
             (given, Place(topic="labels", partition=0, offset=number)),
             ((STREAM, event_id), Content(f"what event {number} had to say", embedding, "encoder")),
         )
+
+
+# --- invented names ------------------------------------------------------------------------------------
+
+
+def names(say: Say, total: int) -> list[Row]:
+    """What a learner with its default settings costs and holds, day after day, where every label is a new class."""
+    rows: list[Row] = []
+    a_day = total // DAYS
+    chance = np.random.default_rng(0)
+    live = Live("telemetry", ("flow",), 8, finetune=False, revise_after=a_day)
+    metrics = Metrics()
+    try:
+        for day in range(1, DAYS + 1):
+            places = range((day - 1) * a_day, day * a_day)
+            windows: list[Payload] = list(chance.normal(0, 1, (a_day, 1, 8)).astype(np.float32))
+            live.take(places, windows)
+            begun = time.process_time()
+            live.label(places, [f"invented {place}" for place in places])
+            taken = time.process_time() - begun
+            live.boundary()
+            learner, kept = live.learning.learners[LIVE], live.learning.store
+            with kept.transaction(live.learning.epoch, START + timedelta(days=day)) as tx:
+                tx.purge()
+            counts = {name: float(count) for name, count in kept.class_counts(LIVE, member_only=True).items()}
+            metrics.set_bounded(metrics.replay_examples, LIVE, counts)
+            mode = f"{day * a_day:,} names"
+            rows += [
+                _row("names", mode, "microseconds_per_label", taken / a_day * 1e6, "microseconds"),
+                _row("names", mode, "classes", float(len(learner.sums.classes)), "classes"),
+                _row("names", mode, "bytes_kept", float(learner.sums.nbytes), "bytes"),
+                _row("names", mode, "series", float(metrics.render()[0].count(b'class="')), "series"),
+                _row("names", mode, "waiting", float(sum(kept.quarantine_counts(LIVE).values())), "labels"),
+            ]
+            say(", ".join([mode, *(f"{row.value:,.0f} {row.metric}" for row in rows[-5:])]))
+    finally:
+        live.close()
+    # The first days teach classes; what comes after the last class should cost the same for ever.
+    full = [row for row in rows if row.mode == f"{a_day * (DAYS // 2):,} names"]
+    return [*rows[:5], *full, *rows[-5:]]
 
 
 # --- what all parts share ------------------------------------------------------------------------------

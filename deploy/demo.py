@@ -36,6 +36,7 @@ from deploy import report as reporting
 from deploy.broker import EmbeddedBroker
 from deploy.console.front import Front, desktop
 from deploy.demo_data import DemoStream, intents, interleave, rotation, storm
+from learner.registry import Registry
 from stream.batches import TopicTail
 from stream.errors import Misconfigured, RetryLater
 from stream.events import Event, Label, LabelRequest, Prediction, Record, Telemetry, encode, utc_now
@@ -481,6 +482,7 @@ class Demo:
 
     def _report(self, began: float) -> int:
         """Write the report and sum it up; 1 where something was lost or no fine-tune was promoted."""
+        registry = Registry(str(self.directory / "registry"))
         runs = [
             reporting.StreamRun(
                 name=stream.name,
@@ -492,6 +494,11 @@ class Demo:
                 frozen=[p for p in self.twin_predictions if p.stream == stream.name],
                 waves=stream.waves,
                 requests=[one for one in self.requests if one.stream == stream.name],
+                verdicts=[
+                    reporting.Examined.of(version.name, version.verdict)
+                    for version in registry.versions(stream.name)
+                    if version.verdict is not None
+                ],
             )
             for stream in self.streams
         ]

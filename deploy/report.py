@@ -1,7 +1,8 @@
 """What a run of the demo bought: numbers from what was consumed, beside those of three rivals.
 
 Nothing here asks the worker or the learner how they think they did. Every number comes from the messages of
-the topics `predictions` and `labels`, and from the predictions of a frozen twin on a topic of its own.
+the topics `predictions` and `labels`, and from the predictions of a frozen twin on a topic of its own; but for
+the verdicts of the exams, which are the learner's and are shown as such.
 
 All are prequential: an event counts with the first prediction made for it, before its label was known.
 The rivals answer the same events at the same moments:
@@ -20,9 +21,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict
 
+from learner.exam import Verdict
 from stream.events import Label, LabelRequest, Prediction
 from stream.model import UNTAUGHT
 
@@ -53,6 +56,46 @@ class Arrived:
     at: datetime
 
 
+class Examined(BaseModel):
+    """What the exam of one fine-tuned version said, as the learner wrote it into the version's manifest.
+
+    Args:
+        passed: whether it might be promoted.
+        examples: how many were asked, none of which either model was taught.
+        champion_accuracy: of the version that was in service then; `candidate_accuracy` of this one.
+        worse: classes on which it was worse, beyond the budget and beyond chance.
+        judged: how many classes had examples enough to tell, and `unjudged`, how many had not.
+        reasons: in words, what decided first.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    passed: bool
+    examples: int
+    champion_accuracy: float
+    candidate_accuracy: float
+    worse: list[str]
+    judged: int
+    unjudged: int
+    reasons: list[str]
+
+    @classmethod
+    def of(cls, version: str, verdict: Verdict) -> Self:
+        """From the verdict in a manifest."""
+        return cls(
+            version=version,
+            passed=verdict.promote,
+            examples=verdict.n,
+            champion_accuracy=round(verdict.champion_accuracy, 4),
+            candidate_accuracy=round(verdict.candidate_accuracy, 4),
+            worse=[outcome.label for outcome in verdict.classes if outcome.outcome == "worse"],
+            judged=len(verdict.judged),
+            unjudged=len(verdict.unjudged),
+            reasons=list(verdict.reasons),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class StreamRun:
     """One stream's messages, as they were consumed.
@@ -67,6 +110,7 @@ class StreamRun:
         frozen: the pinned twin's predictions, from its own topic; empty where there was none.
         waves: how many events came before each wave of new classes; the first is 0.
         requests: labels that the learner asked for, repeats included.
+        verdicts: what the exams of its fine-tunes said, oldest first.
     """
 
     name: str
@@ -78,6 +122,7 @@ class StreamRun:
     frozen: Sequence[Prediction] = ()
     waves: Sequence[int] = (0,)
     requests: Sequence[LabelRequest] = ()
+    verdicts: Sequence[Examined] = ()
 
 
 class Point(BaseModel):
@@ -129,6 +174,7 @@ class StreamReport(BaseModel):
         versions: how many versions answered; `swaps` is how often the answering version changed.
         revisions: how many revisions answered.
         requested: events that a label was asked for, and `requests_answered`, those whose label came after that.
+        verdicts: the exams of its fine-tunes, oldest first: the one thing here that is the learner's own word.
         words: what the numbers say, in sentences.
     """
 
@@ -167,6 +213,7 @@ class StreamReport(BaseModel):
     waves: list[int]
     requested: int
     requests_answered: int
+    verdicts: list[Examined]
     words: list[str]
     timeline: list[Point]
 
@@ -271,6 +318,7 @@ def summarise(run: StreamRun) -> StreamReport:
         waves=list(run.waves),
         requested=len({one.event_id for one in run.requests}),
         requests_answered=answered(run.requests, run.labels),
+        verdicts=list(run.verdicts),
         words=words(right, answers, numbers, len(own)),
         timeline=timeline(scored, right, answers, order),
     )
@@ -590,6 +638,7 @@ def _section(name: str, stream: StreamReport) -> str:
         f"<h3>Accuracy over the last {WINDOW} scored events</h3>{_legend(stream)}{_curves(name, stream)}"
         f"{_table(stream)}<p class='note'>{counts}</p>"
         f"<h3>Forgetting by class</h3>{_forgetting(name, stream)}"
+        f"<h3>Verdicts of the exams</h3>{_verdicts(stream)}"
         f"<p class='note'>{html.escape(stream.source)}</p></section>"
     )
 
@@ -723,6 +772,32 @@ def _forgetting(name: str, stream: StreamReport) -> str:
         parts.append(f"<text x='{left + wide * fall + 6:.1f}' y='{middle}'>{fall:.2f}</text>")
     chart = f"<svg viewBox='0 0 940 {len(fallen) * row + 6}' role='img'>{''.join(parts)}</svg>" if fallen else ""
     return chart + note
+
+
+def _verdicts(stream: StreamReport) -> str:
+    """A row for each fine-tuned version that was examined."""
+    if not stream.verdicts:
+        return "<p class='note'>No fine-tune came to its exam; what moved is the head alone.</p>"
+    heads = ("version", "verdict", "examples", "in service", "candidate", "worse", "judged", "not judged")
+    body = ""
+    for one in stream.verdicts:
+        cells = (
+            f"{one.examples:,}",
+            f"{100 * one.champion_accuracy:.1f} %",
+            f"{100 * one.candidate_accuracy:.1f} %",
+            _count(len(one.worse), "class", "classes"),
+            _count(one.judged, "class", "classes"),
+            _count(one.unjudged, "class", "classes"),
+        )
+        body += f"<tr><td>{html.escape(one.version)}</td><td>{'passed' if one.passed else 'refused'}</td>"
+        body += "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    why = "".join(f"<li>{html.escape(f'{one.version}: ' + '; '.join(one.reasons))}</li>" for one in stream.verdicts)
+    return (
+        f"<div class='scroll'><table><tr>{head}</tr>{body}</table></div><ul>{why}</ul>"
+        "<p class='note'>These are the learner's own words: the exam asks a candidate and the version in service the "
+        "same examples, which neither was taught. A class with too few of them is not judged.</p>"
+    )
 
 
 def _paired(differences: Sequence[int]) -> tuple[float, float]:

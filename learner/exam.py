@@ -49,6 +49,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from scipy.special import betainc, ndtri
 
 Outcome = Literal["worse", "not_worse", "not_enough"]
+STILL = 10
+"""A class's change counts as if it had so many more examples whose answers stayed: one example is no evidence."""
 BETTER = 0.05
 """From this one-sided p on a revision counts as better than the best so far."""
 NAMED = 10
@@ -341,6 +343,9 @@ class GuardSettings(BaseModel):
         default=0.2, gt=0, le=1, description="largest rise of a class's share of the answers that is not borne out"
     )
     share_examples: int = Field(default=30, ge=1, description="shares are compared from as many examples on")
+    decline: bool = Field(
+        default=True, description="compare with the best revision so far too, and not only with the one before"
+    )
 
 
 def guard_revision(
@@ -401,10 +406,11 @@ def guard_decline(
 ) -> tuple[list[str], bool]:
     """What slipped away in many small steps since the best revision so far. Pure.
 
-    A class that fell beyond the budget, significantly, is a reason only where the examples that were lost, of all
-    classes, outnumber those that were gained. Where the world changed, or a new class took its share from an old
-    one, as much is gained on the newer examples as is lost on the older, and right learning is not held. What is not
-    seen is a class that is unlearned while others gain as much.
+    A class that fell beyond the budget, significantly, is a reason only where more was lost than was gained, over all
+    examples and over all classes alike. Where the world changed, or a new class took its share from an old one, as much
+    is gained on the newer examples as is lost on the older. And where rare classes come to be answered at the cost of
+    the commonest, more examples are lost than gained and recall, averaged over the classes, rises. Neither is held.
+    What is not seen is a class that is unlearned while others gain as much.
 
     Args:
         labels: the true class of each example of a small held set, the same for both heads.
@@ -423,7 +429,9 @@ def guard_decline(
     pairs = _pairs_by_class(labels, best, new)
     overall = _together(pairs.values())
     exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
-    held = _class_refusals(_judge_classes(pairs, exam, exam.alpha)) if overall.lost > overall.gained else []
+    by_class = sum((pair.lost - pair.gained) / (pair.n + STILL) for pair in pairs.values())
+    lower = overall.lost > overall.gained and by_class > 0
+    held = _class_refusals(_judge_classes(pairs, exam, exam.alpha)) if lower else []
     if overall.p_value <= rules.alpha and overall.fall > rules.budget:
         held.append(f"accuracy fell from {overall.was:.1%} to {overall.now:.1%} of {overall.n} examples")
     return [f"{reason}, since the best revision so far" for reason in held], overall.p_value_better <= BETTER

@@ -479,7 +479,7 @@ class OnlineLearner:
             new_classes=new,
             settings=self.plan.guard,
         )
-        return reasons + self._compare_with_best(head)[0]
+        return reasons + (self._compare_with_best(head)[0] if self.plan.guard.decline else [])
 
     def _is_best(self, head: LinearHead) -> bool:
         """Whether later revisions of this version are to be compared with this one."""

@@ -66,6 +66,8 @@ CODE: Mapping[str, tuple[str, ...]] = {
     ),
     "rival": (*COMMON, "benchmarks/learning/rivals.py"),
 }
+HEAD = ("guard",)
+"""Settings of a stream that rows of the instant head alone may vary."""
 VERSIONS = ("numpy", "torch", "transformers", "scikit-learn", "river", "avalanche-lib")
 
 Protocol = Literal["class-incremental", "few-shot", "prequential"]
@@ -184,7 +186,10 @@ def key(task: Task, entry: Entry, seed: int) -> str:
         "data": data_digest(task),
         "asked": task.asked,
         "name": entry.name if not entry.is_trimtab else "trimtab" if entry.finetunes else INSTANT,
-        "settings": _spelled_out(entry) if entry.finetunes else {},
+        # To a head alone it makes no difference how a fine-tune, its exam and its replay are set.
+        "settings": _spelled_out(entry)
+        if entry.finetunes
+        else {k: entry.settings[k] for k in HEAD if k in entry.settings},
         "variant": entry.variant,
         "seed": seed,
         **({"revise_after": _revise_after(task, entry)} if entry.is_trimtab else {}),

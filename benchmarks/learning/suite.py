@@ -36,6 +36,8 @@ ANOMALY_DELAY = 200
 STORM_DAYS = 6_000
 UNBOUNDED = 100_000_000
 DUMMIES = ("majority", "no_change")
+UNGUARDED: dict[str, Any] = {"guard": {"decline": False}}
+"""Settings of a stream whose revisions are compared with the one before alone."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def tables() -> dict[str, Table]:
                     *(Entry(rival) for rival in (*DUMMIES, "train_once")),
                     Entry("joint", variant=ceiling),
                     *(Entry(rival) for rival in (INSTANT, "river")),
+                    Entry(INSTANT, "not guarded against decline", UNGUARDED),
                     Entry(TRIMTAB),
                     *(Entry(strategy) for strategy in STRATEGIES),
                 ],

@@ -57,3 +57,15 @@ def test_processor_time_is_of_the_stretch_that_was_timed(monkeypatch: pytest.Mon
     for _ in range(3):
         readings()
     assert readings.cpu(4.0) == 3.0
+
+
+def test_invented_names_are_bounded_in_head_metrics_and_quarantine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A labeller that makes up a class for every label must not fill memory, and what it costs must be told."""
+    monkeypatch.setattr(learning_cost, "DAYS", 8)
+    rows = learning_cost.names(lambda line: None, 2_400)
+    assert [row.mode for row in rows[::5]] == ["300 names", "1,200 names", "2,400 names"]
+    found = {(row.mode, row.metric): row.value for row in rows}
+    assert [found[mode, "classes"] for mode in ("300 names", "1,200 names", "2,400 names")] == [200, 800, 1_000]
+    assert found["2,400 names", "waiting"] == 1_400
+    assert found["2,400 names", "series"] == 21, "the largest classes, and the sum of all others"
+    assert found["2,400 names", "bytes_kept"] < 2 * found["1,200 names", "bytes_kept"]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
@@ -19,6 +21,7 @@ from deploy.report import (
     BLOCK,
     Arrived,
     DemoReport,
+    Examined,
     StreamRun,
     accuracy,
     assemble,
@@ -30,6 +33,7 @@ from deploy.report import (
     summarise,
     write_report,
 )
+from learner.exam import examine
 from stream.events import Label, LabelRequest, Place, Prediction
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -168,6 +172,28 @@ def test_a_request_is_answered_by_a_label_that_came_after_it() -> None:
     made = StreamRun(made.name, made.question, made.source, made.events, predictions, labels, (), (0,), requests * 2)
     report = summarise(made)
     assert (report.requested, report.requests_answered) == (3, 1)
+
+
+def test_the_exams_verdicts_are_shown_with_their_reasons() -> None:
+    """Whether learning forgot something is what the exam is for; a refusal that is not told looks like a failure."""
+    truth = ["calm"] * 40 + ["storm"] * 40 + ["<rare>"]
+    kept = examine(truth, truth, truth)
+    lost = examine(truth, truth, ["calm"] * 80 + ["<rare>"])
+    made = run([answer(0, "calm")], [told(0, "calm", 1)])
+    verdicts = [Examined.of("v2", kept), Examined.of("v3", lost)]
+    report = report_of(replace(made, verdicts=verdicts))
+    stream = report.streams["s"]
+    assert [(one.version, one.passed, one.worse) for one in stream.verdicts] == [
+        ("v2", True, []),
+        ("v3", False, ["storm"]),
+    ]
+    assert (stream.verdicts[1].examples, stream.verdicts[1].candidate_accuracy) == (81, round(41 / 81, 4))
+    assert stream.verdicts[1].reasons == lost.reasons
+    assert stream.verdicts[0].unjudged == len(kept.unjudged) > 0
+    page = render(report)
+    assert "<td>v3</td><td>refused</td><td>81</td><td>100.0 %</td><td>50.6 %</td><td>1 class</td>" in page
+    assert html.escape(f"v3: {'; '.join(lost.reasons)}") in page
+    assert "No fine-tune came to its exam" in render(report_of(made))
 
 
 def test_swaps_are_changes_of_version_not_of_revision() -> None:

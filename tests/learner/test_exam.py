@@ -313,6 +313,22 @@ def test_a_decline_counts_only_where_more_was_lost_than_gained() -> None:
     assert guard_decline(truth, best, moved) == ([], False)
 
 
+def test_rare_classes_may_be_answered_at_the_cost_of_the_commonest() -> None:
+    """Early heads answer the commonest class too often; one that stops doing so is held for ever, if that is decline.
+
+    A single example of a rare class is no evidence of such a trade, though it is all of that class's recall.
+    """
+    truth = ["quiet"] * 200 + ["active"] * 40 + ["storm"] * 20
+    best = ["quiet"] * 190 + ["active"] * 10 + ["quiet"] * 30 + ["active"] * 10 + ["active"] * 15 + ["storm"] * 5
+    traded = ["quiet"] * 165 + ["active"] * 35 + ["quiet"] * 20 + ["active"] * 20 + ["active"] * 10 + ["storm"] * 10
+    assert guard_decline(truth, best, traded) == ([], False)
+    unlearned = [*traded[:200], *best[200:]]
+    held, _ = guard_decline(truth, best, unlearned)
+    assert "class 'quiet' is worse: from 190 to 165 right of 200" in held[0]
+    held, _ = guard_decline([*truth, "rare"], [*best, "quiet"], [*unlearned, "rare"])
+    assert "class 'quiet' is worse" in held[0]
+
+
 def test_the_best_so_far_moves_up_on_evidence_only() -> None:
     """The greatest of many noisy numbers would be a standard that no revision meets."""
     truth = ["x"] * 40
