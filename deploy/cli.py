@@ -358,6 +358,39 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel="Messages")
+def explain(
+    event_id: Annotated[str, typer.Argument(metavar="EVENT_ID", help="The event's id.")],
+    stream: Annotated[
+        str | None, typer.Option("--stream", help="Name of the stream; may be left out where one only knows the event.")
+    ] = None,
+    config: ConfigOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Look through whole topics, however long that takes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    url: UrlOption = None,
+) -> None:
+    """Explain a prediction: the event, every answer to it, what speaks for it, its labels, who learned from it.
+
+    Where the learner's database cannot be read from here, the learner is asked. Nothing is written.
+    """
+    settings = _settings(config)
+    if stream is not None:
+        _known_stream(settings, stream)
+    found = _explained(settings, stream, event_id, everything, url)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    from deploy.explain import lines
+
+    typer.echo(f"{found['event_id']} of stream {found['stream']}")
+    for title, rows in lines(found, _clock):
+        typer.echo(f"\n{title}")
+        for row in rows:
+            typer.echo(f"  {row}")
+
+
 @letters_app.command("list")
 def letters_list(
     config: ConfigOption = None,
@@ -1104,13 +1137,13 @@ def _rebuildable(forgotten: dict[int, int] | None, manifest: VersionManifest) ->
 
 def _from_store(settings: Settings, query: Any) -> list[Any] | None:
     """Rows of the learner's store; None where its file is not here."""
-    url = settings.learner.store
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+    if not _store_is_here(settings):
         return None
     import sqlalchemy as sa
 
     from replay import schema
 
+    url = settings.learner.store
     engine = schema.connect(url)
     try:
         with engine.connect() as connection:
@@ -1119,6 +1152,54 @@ def _from_store(settings: Settings, query: Any) -> list[Any] | None:
         raise Misconfigured(f"learner.store {url!r} cannot be read: {error}") from None
     finally:
         engine.dispose()
+
+
+def _explained(
+    settings: Settings, stream: str | None, event_id: str, everything: bool, url: str | None
+) -> dict[str, Any]:
+    """What is known of an event, from here where the database is, else from the learner."""
+    import urllib.parse
+
+    streams = sorted(settings.streams)
+    if url is None and _store_is_here(settings):
+        from deploy.explain import LOOKED_AT, answering_from
+        from deploy.wiring import explainer, open_registry, open_store
+        from replay.history import History
+
+        store = open_store(settings)
+        try:
+            if stream is None and len(streams) > 1:
+                knowing = History(store).streams_of(event_id, streams)
+                stream = _the_only(knowing or streams)
+            registry = open_registry(settings)
+            made = explainer(settings, store, lambda name: answering_from(store, registry, name))
+            return made.explain(stream or streams[0], event_id, None if everything else LOOKED_AT)
+        finally:
+            store.close()
+    if everything:
+        _end("--all reads whole topics: run it where the learner's database can be read", 2)
+    name = stream or _the_only(streams)
+    path = "/".join(urllib.parse.quote(part, safe="") for part in ("console", "api", "explain", name, event_id))
+    base, status, content = _call(settings, url, name, "", None, path=path)
+    if status != 200:
+        _end(f"the learner at {base} answered {status}: {_refusal(content)}", 1)
+    answer: dict[str, Any] = json.loads(content)
+    return answer
+
+
+def _the_only(streams: Sequence[str]) -> str:
+    if len(streams) == 1:
+        return streams[0]
+    raise Misconfigured(f"an event id is unique within its stream only: give --stream, one of {', '.join(streams)}")
+
+
+def _store_is_here(settings: Settings) -> bool:
+    url = settings.learner.store
+    return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
+
+
+def _clock(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _ask(
@@ -1236,8 +1317,10 @@ def _page(config: Path | None, stream: str, what: str, url: str | None, query: M
         _end(f"what answers at {base} is no learner: {content[:200]!r}", 1)
 
 
-def _call(settings: Settings, url: str | None, stream: str, what: str, body: bytes | None) -> tuple[str, int, bytes]:
-    """The learner's address, its status and what it says; a body makes it a POST."""
+def _call(
+    settings: Settings, url: str | None, stream: str, what: str, body: bytes | None, *, path: str | None = None
+) -> tuple[str, int, bytes]:
+    """The learner's address, its status and what it says; a body makes it a POST, `path` is another page."""
     import urllib.error
     import urllib.parse
     import urllib.request
@@ -1249,7 +1332,7 @@ def _call(settings: Settings, url: str | None, stream: str, what: str, body: byt
         raise Misconfigured(f"--learner {base!r}: give an address such as http://127.0.0.1:6070")
     token = http.secret()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
-    where = f"{base}/streams/{urllib.parse.quote(stream, safe='')}/{what}"
+    where = f"{base}/{path or 'streams/' + urllib.parse.quote(stream, safe='') + '/' + what}"
     try:
         with urllib.request.urlopen(urllib.request.Request(where, body, headers), timeout=60) as answer:
             return base, answer.status, answer.read()

@@ -47,6 +47,13 @@ def drop_training(connection: sa.Connection, run: int) -> None:
     connection.execute(sa.delete(t.trained_on).where(t.trained_on.c.run == run, ~kept))
 
 
+def trained(connection: sa.Connection, stream: str, event_id: str) -> set[int]:
+    """The runs that trained on this example, as it is learned now."""
+    c, mark = t.trained_on.c, _marks(stream, [event_id])
+    rows = connection.execute(sa.select(c.run, c.marks).where(c.stream == stream))
+    return {row.run for row in rows if np.isin(mark, np.frombuffer(row.marks, _MARK)).any()}
+
+
 def lost_by(connection: sa.Connection, stream: str, run: int | None, parent: int | None) -> int:
     """How many of the examples that a new version of this run and parent was trained on are gone by now."""
     c = t.trained_on.c

@@ -35,6 +35,7 @@ COMMANDS = [
     ["demo"],
     ["publish"],
     ["predictions"],
+    ["explain"],
     ["retrain"],
     ["pause"],
     ["resume"],

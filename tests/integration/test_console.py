@@ -33,7 +33,8 @@ BEARER = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"
 HOSTILE = "<img src=x onerror=\"document.body.id='hacked'\"><script>document.body.id='hacked'</script>"
 SLOW = 90_000
 """Milliseconds: a machine that is busy with something else is no failure."""
-PAGES = ("#/", "#/stream/probe", "#/stream/probe/versions", "#/stream/probe/labels", "#/letters", "#/audit")
+TABS = ("", "/versions", "/labels", "/event/slow-1")
+PAGES = ("#/", *(f"#/stream/probe{tab}" for tab in TABS), "#/letters", "#/audit")
 IMAGES = os.environ.get("CONSOLE_IMAGES")
 """A folder for the screenshots of the documents; unset, they are made and thrown away."""
 
@@ -207,6 +208,11 @@ def test_what_an_event_says_is_text(site: Site) -> None:
     page.get_by_label("Event id").fill(HOSTILE)
     page.get_by_role("button", name="Look").click()
     expect(page.get_by_role("article")).to_contain_text(f"{HOSTILE} said <b>bold</b>")
+    page.get_by_role("link", name="Explain").click()
+    expect(page.get_by_role("heading", name=f"Event {HOSTILE}")).to_be_visible()
+    said = page.get_by_role("region", name="Table: Labels as they came")
+    expect(said).to_contain_text("<b>bold</b>")
+    expect(page.get_by_role("region", name="Table: Answers")).to_contain_text("predictions")
     assert page.evaluate("document.body.id") == ""
     assert page.locator("main img, main script, main b:text-is('bold')").count() == 0
     page.context.close()

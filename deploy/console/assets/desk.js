@@ -1,6 +1,7 @@
 // What the page asks for: one dialog for what may be regretted, the desk where labels are given, quarantine, dead letters.
 
 import { act, letters, page, read, token } from "./api.js";
+import { eventPath } from "./event.js";
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { ago, clock, many } from "./words.js";
 
@@ -186,6 +187,7 @@ export function Labelling({ stream, names, closed, tell, locked }) {
               ${event.answered
                 ? html`Answered <b>${event.answered.label ?? "nothing"}</b> by ${event.answered.version} at ${clock(event.answered.at)}; it lies at ${event.answered.place}.`
                 : "Not answered yet."}
+              <a href=${eventPath(stream, event.event_id)}>Explain</a>
               ${event.said.map((one) => html`<br />${one.labeller} said <b>${one.label ?? "nothing (withdrawn)"}</b> at ${clock(one.at)}.`)}
             </p>
             <form class="row" onSubmit=${send}>
