@@ -615,9 +615,14 @@ def versions_show(
     settings = _settings(config)
     registry = _registry(settings)
     manifest = registry.version(_known_stream(settings, stream), version)
+    from learner.account import checks
+
     rebuildable = _rebuildable(_forgotten(settings, stream), manifest)
+    fate = _fate(settings, registry, stream, manifest)
+    asked = [] if manifest.verdict is None else checks(manifest.verdict)
     if format == "json":
-        typer.echo(json.dumps({**manifest.model_dump(mode="json"), "rebuildable": rebuildable}, ensure_ascii=False))
+        more = {"rebuildable": rebuildable, "fate": fate, "checks": [vars(check) for check in asked]}
+        typer.echo(json.dumps({**manifest.model_dump(mode="json"), **more}, ensure_ascii=False))
         return
     lineage = manifest.lineage
     typer.echo(
@@ -638,6 +643,9 @@ def versions_show(
     )
     if rebuildable:
         typer.echo(f"  {rebuildable}")
+    typer.echo("\nWhat became of it")
+    for line in fate:
+        typer.echo(f"  {line}")
     verdict = manifest.verdict
     if verdict is None:
         typer.echo("  no exam: a base version")
@@ -647,6 +655,12 @@ def versions_show(
         typer.echo(f"  {why}")
     if verdict.unjudged:
         typer.echo(f"  could not be judged: {', '.join(verdict.unjudged)}")
+    typer.echo(f"\nWhat the exam asked, at its look {verdict.look}")
+    _table(
+        ["", "asked", "found", "allowed"],
+        [["yes" if one.passed else "NO", one.rule, one.found, one.allowed] for one in asked],
+    )
+    typer.echo()
     _table(
         ["class", "examples", "champion", "candidate", "outcome"],
         [
@@ -654,6 +668,85 @@ def versions_show(
             for one in verdict.classes
         ],
     )
+
+
+@versions_app.command("diff")
+def versions_diff(
+    stream: StreamArgument,
+    before: Annotated[str, typer.Argument(metavar="A", help="A version such as v12, or a revision such as v12.34.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The one to compare it with.")],
+    config: ConfigOption = None,
+    limit: Annotated[int, typer.Option(help="Events shown at most; --json has all.", min=0)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show which classes B answers better and worse than A on the exam's examples, and which answers changed.
+
+    A version is taken with a head of what the store holds now, as a rollback would bring it; a revision as it was
+    served.
+    Run it where the learner's database can be read.
+    """
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    if not _store_is_here(settings):
+        raise Misconfigured(f"learner.store {settings.learner.store} is not here: run it where the learner runs")
+    from deploy.wiring import device_of, open_store
+    from learner.account import Examiner
+
+    store, plan = open_store(settings), settings.streams[stream]
+    try:
+        examiner = Examiner(
+            store,
+            _registry(settings),
+            prior=plan.prior,
+            random_features=plan.random_features,
+            device=device_of(settings.learner.device),
+            told=lambda what: typer.echo(what, err=True),
+        )
+        found = examiner.compare(stream, before, after, plan.exam)
+    finally:
+        store.close()
+    if as_json:
+        typer.echo(json.dumps({"stream": stream, **found.as_json()}, ensure_ascii=False))
+        return
+    if not found.n:
+        typer.echo("The exam has no examples yet: a class gives some from its tenth label on.")
+        return
+    if found.same_encoder and "." not in before + after:
+        typer.echo(f"{before} and {after} have one encoder, so with one head they are the same: compare revisions.")
+        return
+    old, new = found.accuracy
+    counts = {kind: sum(one.kind == kind for one in found.changed) for kind in ("gained", "lost", "wrong")}
+    typer.echo(
+        f"{stream}: {old:.1%} right with {before}, {new:.1%} with {after}, of {found.n} exam examples: "
+        f"{counts['lost']} lost, {counts['gained']} gained, {counts['wrong']} wrong with both and otherwise\n"
+    )
+    _table(
+        ["class", "examples", before, after, "lost", "gained", after + " is"],
+        [
+            [
+                one.label,
+                str(one.n),
+                f"{one.before:.3f}",
+                f"{one.after:.3f}",
+                str(one.lost),
+                str(one.gained),
+                one.outcome.replace("_", " "),
+            ]
+            for one in found.classes
+            if one.lost or one.gained
+        ],
+    )
+    unchanged = sum(not (one.lost or one.gained) for one in found.classes)
+    if unchanged:
+        typer.echo(f"{unchanged} classes as they were")
+    if found.changed[:limit]:
+        typer.echo()
+        _table(
+            ["event", "its class", before, after, ""],
+            [[one.event_id, one.label, one.before or "", one.after or "", one.kind] for one in found.changed[:limit]],
+        )
+    if len(found.changed) > limit:
+        typer.echo(f"and {len(found.changed) - limit} more events; --limit or --json shows them")
 
 
 @versions_app.command("promote")
@@ -1115,6 +1208,37 @@ def _served_versions(settings: Settings, stream: str) -> set[str]:
             "name: prune where the learner runs"
         )
     return {str(row[0]) for row in found}
+
+
+def _fate(settings: Settings, registry: Registry, stream: str, manifest: VersionManifest) -> list[str]:
+    """What became of a version, oldest first: refused, promoted, rolled back, and by what or whom."""
+    import sqlalchemy as sa
+
+    from replay.schema import champions, moment, versions
+
+    c, v = champions.c, versions.c
+    reigns = _from_store(settings, sa.select(c.version, c.cause, c.at).where(c.stream == stream).order_by(c.id))
+    rows = _from_store(settings, sa.select(v.state, v.detail).where(v.stream == stream, v.number == manifest.number))
+    said = []
+    for row in rows or ():
+        if row.state in ("refused", "waiting"):
+            said.append(f"{row.state} when it was made: {'; '.join(row.detail.get('reasons', ()))}")
+    # Without the database the registry knows when, and not why.
+    known = (
+        [(f"v{row.version}", moment(row.at), row.cause) for row in reigns]
+        if reigns
+        else [
+            (one.version, one.since, one.why and f"the one before was rolled back: {one.why}")
+            for one in registry.champions(stream)
+        ]
+    )
+    for place, (name, at, cause) in enumerate(known):
+        after = known[place + 1] if place + 1 < len(known) else None
+        if name == manifest.name:
+            until = f"until {after[1]:%Y-%m-%d %H:%M:%S}, then {after[0]}: {after[2]}" if after else "and still is"
+            why = f" ({cause})" if cause else ""
+            said.append(f"in service from {at:%Y-%m-%d %H:%M:%S} UTC{why}, {until}")
+    return said or ["it was never in service"]
 
 
 def _forgotten(settings: Settings, stream: str) -> dict[int, int] | None:

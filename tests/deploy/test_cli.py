@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from deploy.cli import app
 from learner.control import SIGNATURE, ControlAnswer, ControlRequest, ControlSettings, Gate
+from learner.exam import examine
 from learner.registry import Lineage, Registry, VersionManifest
 from learner.spec import EncoderSpec
 from replay import schema
@@ -50,7 +51,7 @@ COMMANDS = [
     ["classes"],
     *(["classes", name] for name in ("list", "rename", "merge")),
     ["versions"],
-    *(["versions", name] for name in ("list", "show", "promote", "rollback", "prune")),
+    *(["versions", name] for name in ("list", "show", "diff", "promote", "rollback", "prune")),
     ["dead-letters"],
     *(["dead-letters", name] for name in ("list", "show", "replay")),
 ]
@@ -494,6 +495,23 @@ def test_versions_are_listed_and_shown(registry: Registry) -> None:
     why = "v5 is worse than v4 on labels of class 'a'"
     assert {row["version"]: row["rolled_back"] for row in rows if row["rolled_back"]} == {"v5": why}
     assert f"rolled back by itself: {why}" in run("versions", "show", "intents", "v5").stdout
+
+
+def test_a_version_is_accounted_for(registry: Registry) -> None:
+    """Why it serves, or does not, must be read off without the log of the night when it was decided."""
+    labels = ["a"] * 80 + ["b"] * 80
+    verdict = examine(labels, labels, ["b"] * 60 + labels[60:])
+    manifest = registry.version("intents", "v5").model_copy(update={"number": 0, "parent": "v5", "verdict": verdict})
+    registry.commit(manifest)
+    shown = run("versions", "show", "intents", "v6").stdout
+    assert "it was never in service" in shown
+    assert "class 'a' is worse: from 80 to 20 right of 80" in shown
+    assert "in service from 2026-03-01 12:00:00 UTC, until" in run("versions", "show", "intents", "v4").stdout
+    found = json.loads(run("versions", "show", "intents", "v6", "--format", "json").stdout)
+    failed = [check["rule"] for check in found["checks"] if not check["passed"]]
+    assert "no class is worse" in failed
+    assert "accuracy has not fallen" in failed
+    assert "enough examples" not in failed
 
 
 def test_a_version_that_cannot_be_made_again_says_so(registry: Registry) -> None:
