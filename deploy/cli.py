@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deploy.messages import BadLine, Letter
+    from deploy.rollback import Blast
     from deploy.settings import Settings
     from learner.control import Action, ControlAnswer, ControlRequest, HeldLabels
     from learner.registry import Registry, VersionManifest
     from stream.events import Prediction
 
 SHOWN_BAD_LINES = 20
+SHOWN_CLASSES = 30
 
 
 class Sentences(TyperGroup):
@@ -546,6 +548,87 @@ def resume(
 ) -> None:
     """Go on learning after a pause, or after a rollback to a revision."""
     _ask(config, "resume", stream, None, reason, by_topic, url)
+
+
+@app.command(rich_help_panel="Learning")
+def rollback(
+    stream: StreamArgument,
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since",
+            metavar="TIME|VERSION",
+            help="The version that should not have been promoted, such as v13; the first revision that went wrong, "
+            "such as v13.40; or a time in UTC, such as 2026-03-01T02:00:00.",
+        ),
+    ],
+    config: ConfigOption = None,
+    reissue: Annotated[
+        bool, typer.Option("--reissue", help="Correct its predictions too; asked again, it goes on where it ended.")
+    ] = False,
+    rate: Annotated[float, typer.Option(help="The most corrections a second.", min=1, max=100_000)] = 200.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how far it reached.")] = False,
+    yes: YesOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text.")] = False,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Go back to what served before, having said how many predictions the bad version made, and of which classes.
+
+    It needs Kafka and the registry; with the learner's database it says which answers labels have shown to be wrong.
+    """
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    moment = _moment(since)
+    from deploy.rollback import blast, correct, in_service
+    from deploy.wiring import open_store
+
+    def read(count: int) -> None:
+        typer.echo(f"{count:,} predictions read", err=True)
+
+    store = open_store(settings) if _store_is_here(settings) else None
+    try:
+        found = blast(settings, stream, moment, store, read)
+        if not as_json:
+            _tell_blast(found)
+        if dry_run:
+            if as_json:
+                typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+            return
+        doing = [] if found.over else [f"roll {stream} back to {found.way.target}"]
+        doing += [f"correct {len(found.radius.open):,} predictions"] if reissue and found.radius.open else []
+        if doing and not yes:
+            typer.confirm(f"{' and '.join(doing).capitalize()}?", abort=True, err=True)
+        if found.over:
+            typer.echo(f"{found.serving} is in service already.", err=True)
+        else:
+            _ask(config, "rollback", stream, found.way.target, reason, by_topic, url, err=as_json)
+            _until_served(lambda: in_service(settings, stream), lambda name: name not in found.way.suspects)
+        done = None
+        if reissue:
+            done = correct(
+                settings, found.way, rate, store, lambda so_far, total: _tell_progress(so_far.corrected, total)
+            )
+    finally:
+        if store is not None:
+            store.close()
+    if as_json:
+        typer.echo(
+            json.dumps({**found.as_json(), "reissued": None if done is None else vars(done)}, ensure_ascii=False)
+        )
+    elif done is not None:
+        by = ", ".join(sorted(done.by)) or "nobody"
+        typer.echo(
+            f"Corrected {done.corrected:,} predictions, by {by}; {done.changed:,} are of another class than before."
+        )
+        for count, why in (
+            (done.gone, "events are no longer in their topic"),
+            (done.failed, "events make the model fail"),
+            (done.forgotten, "events were forgotten on request"),
+        ):
+            if count:
+                typer.echo(f"Not corrected: {count:,} {why}.")
 
 
 @versions_app.command("list")
@@ -1210,6 +1293,64 @@ def _served_versions(settings: Settings, stream: str) -> set[str]:
     return {str(row[0]) for row in found}
 
 
+def _moment(since: str) -> datetime | str:
+    """What `--since` names: a version, a revision or a time."""
+    import re
+
+    if re.fullmatch(r"v[1-9][0-9]{0,8}(\.[0-9]{1,12})?", since):
+        return since
+    with contextlib.suppress(ValueError):
+        at = datetime.fromisoformat(since)
+        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+    _end(f"--since {since!r} is no version such as v13, and no time such as 2026-03-01T02:00:00", 2)
+
+
+def _tell_blast(found: Blast) -> None:
+    radius, way = found.radius, found.way
+    suspects = ", ".join(
+        f"{name} from {name}.{first} on" if first else name for name, first in way.suspects.since.items()
+    )
+    stream = way.suspects.stream
+    typer.echo(f"{stream}: suspect are the answers of {suspects}. Back to {way.target}: {way.why}.")
+    if not radius.total or radius.first is None or radius.last is None:
+        typer.echo("They answered nothing that is still on the topic.")
+        return
+    versions = ", ".join(f"{name} {count:,}" for name, count in found.by_version.items())
+    typer.echo(
+        f"They made {radius.total:,} predictions ({versions}) from {radius.first:%Y-%m-%d %H:%M:%S} to "
+        f"{radius.last:%Y-%m-%d %H:%M:%S} UTC; {radius.corrected:,} were corrected already, the answers to "
+        f"{len(radius.open):,} events were not.\n"
+    )
+    rows = [
+        [
+            name or "(no class)",
+            f"{count:,}",
+            "" if right is None else f"{right:,}",
+            "" if wrong is None else f"{wrong:,}",
+        ]
+        for name, count, right, wrong in found.by_class
+    ]
+    _table(["class", "predictions", "labelled, right", "labelled, wrong"], rows[:SHOWN_CLASSES])
+    if len(rows) > SHOWN_CLASSES:
+        typer.echo(f"and {len(rows) - SHOWN_CLASSES} more classes; --json has them")
+    typer.echo()
+
+
+def _tell_progress(done: int, total: int) -> None:
+    typer.echo(f"{done:,} of {total:,} corrected", err=True)
+
+
+def _until_served(serving: Callable[[], str | None], wanted: Callable[[str], bool], seconds: float = 60.0) -> None:
+    """Return once what is wanted is announced."""
+    import time
+
+    patience = time.monotonic() + seconds
+    while (name := serving()) is None or not wanted(name):
+        if time.monotonic() > patience:
+            _end(f"{name or 'nothing'} is still in service after {seconds:.0f} s: see what the topic audit says", 1)
+        time.sleep(0.5)
+
+
 def _fate(settings: Settings, registry: Registry, stream: str, manifest: VersionManifest) -> list[str]:
     """What became of a version, oldest first: refused, promoted, rolled back, and by what or whom."""
     import sqlalchemy as sa
@@ -1339,6 +1480,7 @@ def _ask(
     held: HeldLabels | None = None,
     names: tuple[str, str] | None = None,
     label: str | None = None,
+    err: bool = False,
 ) -> None:
     """Ask the learner for something, and end with what became of it."""
     settings = _settings(config)
@@ -1369,13 +1511,14 @@ def _ask(
     if by_topic:
         _ask_by_topic(settings, request)
         typer.echo(
-            f"Asked on {settings.topics.name('control')}; the answer will be on {settings.topics.name('audit')}."
+            f"Asked on {settings.topics.name('control')}; the answer will be on {settings.topics.name('audit')}.",
+            err=err,
         )
         return
     answer = _ask_by_http(settings, request, url)
     if not answer.accepted:
         _end(answer.message, 1)
-    typer.echo(answer.message)
+    typer.echo(answer.message, err=err)
     for title, places in (("Cleaned", answer.cleaned), ("Not reached", answer.not_reached)):
         for place in places:
             typer.echo(f"{title}: {place}")

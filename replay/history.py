@@ -295,6 +295,18 @@ class History:
                 settled=key in traces.settled(connection, [key]),
             )
 
+    def verdicts(self, stream: str) -> list[tuple[str, str | None, bool, int]]:
+        """Of the answers whose labels have come: revision, class, whether that was right, and how many."""
+        c = t.scores.c
+        right = sa.case((c.label == c.predicted, 1), else_=0).label("right")
+        query = (
+            sa.select(c.model_version, c.predicted, right, sa.func.count().label("many"))
+            .where(c.stream == stream)
+            .group_by(c.model_version, c.predicted, right)
+        )
+        with self._store.read() as connection:
+            return [(row.model_version, row.predicted, bool(row.right), row.many) for row in connection.execute(query)]
+
     def streams_of(self, event_id: str, streams: Collection[str]) -> list[str]:
         """Which of these streams know an event of this id."""
         tables = (t.served, t.labels, t.examples)

@@ -40,6 +40,7 @@ COMMANDS = [
     ["retrain"],
     ["pause"],
     ["resume"],
+    ["rollback"],
     ["config"],
     ["config", "check"],
     ["config", "schema"],
