@@ -832,6 +832,59 @@ def versions_diff(
         typer.echo(f"and {len(found.changed) - limit} more events; --limit or --json shows them")
 
 
+@versions_app.command("rebuild")
+def versions_rebuild(
+    stream: StreamArgument,
+    version: Annotated[str, typer.Argument(help="Such as v12.")],
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Make a version again from its lineage and compare its weights; exit 1 where they are not the same.
+
+    Run it where the learner's database can be read. It trains, and changes nothing that is served.
+    """
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    if not _store_is_here(settings):
+        raise Misconfigured(f"learner.store {settings.learner.store} is not here: run it where the learner runs")
+    from tempfile import TemporaryDirectory
+
+    from deploy.wiring import events_back, open_store
+    from learner.rebuild import TOLERANCE, Rebuilder
+
+    store = open_store(settings)
+    # It will hold examples, so it lies beside those of the learner's own jobs, and goes at the end.
+    settings.learner.jobs.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix="rebuild-", dir=settings.learner.jobs) as work:
+            found = Rebuilder(
+                store,
+                _registry(settings),
+                {name: its.kind for name, its in settings.streams.items()},
+                lambda name, places: events_back(settings, name, places),
+                Path(work),
+                told=lambda what: typer.echo(what, err=True),
+            ).rebuild(stream, version)
+    finally:
+        store.close()
+    if as_json:
+        typer.echo(json.dumps({"stream": stream, **vars(found)}, ensure_ascii=False))
+    else:
+        said = {
+            "same": "the same, bit for bit",
+            "near": f"within the tolerance of {TOLERANCE:.0%}: {found.largest:.2e} off at most, in {found.tensor}",
+            "other": f"not the same: {found.largest:.2e} off in {found.tensor}, {TOLERANCE:.0%} is allowed",
+        }
+        snapshot = "its snapshot is proven by its digest" if found.proven else "its snapshot is not proven"
+        typer.echo(
+            f"{version} of {stream}, made again of {found.examples} examples, is {said[found.outcome]}; {snapshot}."
+        )
+        for note in found.notes:
+            typer.echo(f"  {note}")
+    if found.outcome == "other":
+        raise typer.Exit(1)
+
+
 @versions_app.command("promote")
 def versions_promote(
     stream: StreamArgument,

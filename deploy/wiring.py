@@ -26,7 +26,7 @@ from monitoring import log
 from monitoring.metrics import Metrics
 from stream.batches import KafkaReader, KafkaWriter, TopicTail
 from stream.errors import Reason
-from stream.events import Decoder, utc_now
+from stream.events import Decoder, Place, utc_now
 from stream.kafka import check_broker, check_topics
 from stream.service import Health, Shell
 from stream.worker import Classifier, Parts, Worker
@@ -259,6 +259,19 @@ def explainer(settings: Settings, store: LearnerStore, answering: Callable[[str]
 
     topics = {kind: settings.topics.name(kind) for kind in ("predictions", "labels", "dead_letters")}
     return Explainer(store, settings.kafka, topics, Decoder(rules(settings)), answering)
+
+
+def events_back(settings: Settings, stream: str, places: Mapping[str, Place]) -> dict[str, Payload]:
+    """Events of a stream by id and place, as its encoder reads them; those that the log lost are left out."""
+    from learner.encoders import payload
+    from stream.lookback import Lookback, events_at
+
+    decoder, log = Decoder(rules(settings)), Lookback(settings.kafka.confluent())
+    try:
+        found = events_at(log.read, decoder, {(stream, event_id): place for event_id, place in places.items()})
+    finally:
+        log.close()
+    return {event_id: payload(event, decoder.rules[stream].channels) for (_, event_id), event in found.items()}
 
 
 def _learner_parts(

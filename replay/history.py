@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from replay import schema as t
 from replay import traces
 from replay.schema import moment
-from replay.store import LearnerStore, Payload, unpack
+from replay.store import Example, LearnerStore, Payload, unpack
 from stream.events import Place
 from stream.join import At, Score
 
@@ -174,6 +174,22 @@ class Near:
     payload: Payload | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a run was given.
+
+    Args:
+        rows: what it trained on, and what was in the exam when it began, by event id; without embeddings. `new` as it
+            was then.
+        let_go: those whose events the store has let go of; their payload is an empty text.
+        trained: how many it trained on, whether they are still here or not.
+    """
+
+    rows: tuple[Example, ...]
+    let_go: frozenset[str]
+    trained: int
+
+
 class History:
     """Reads of a store.
 
@@ -294,6 +310,38 @@ class History:
                 forgotten_at=moment(buried[key]) if key in buried else None,
                 settled=key in traces.settled(connection, [key]),
             )
+
+    def given(self, stream: str, run: int) -> Given:
+        """What a run was given, as far as it is still here."""
+        c = t.examples.c
+        columns = [column for column in c if column.name not in ("embedding", "encoder")]
+        with self._store.read() as connection:
+            size, marked = traces.training(connection, run)
+            began = connection.scalar(sa.select(t.runs.c.started_at).where(t.runs.c.id == run)) or 0
+            found = connection.execute(sa.select(*columns).where(c.stream == stream).order_by(c.event_id)).all()
+        trained = marked(stream, [row.event_id for row in found])
+        rows = [
+            (row, its) for row, its in zip(found, trained, strict=True) if its or (row.exam and row.learned_at <= began)
+        ]
+        examples = [
+            Example(
+                stream=stream,
+                event_id=row.event_id,
+                label=row.label,
+                payload="" if row.payload is None else unpack(row.payload),
+                observed_at=moment(row.observed_at),
+                labelled_at=moment(row.labelled_at),
+                ref=Place(topic=row.ref_topic, partition=row.ref_partition, offset=row.ref_offset),
+                priority=row.priority,
+                exam=not its,
+                # It was new to this run where none before had trained on it.
+                trained_in=None if row.trained_in is None or row.trained_in >= run else row.trained_in,
+                embedding=np.empty(0, np.int16),
+                encoder="",
+            )
+            for row, its in rows
+        ]
+        return Given(tuple(examples), frozenset(row.event_id for row, _ in rows if row.payload is None), size)
 
     def verdicts(self, stream: str) -> list[tuple[str, str | None, bool, int]]:
         """Of the answers whose labels have come: revision, class, whether that was right, and how many."""

@@ -52,7 +52,7 @@ COMMANDS = [
     ["classes"],
     *(["classes", name] for name in ("list", "rename", "merge")),
     ["versions"],
-    *(["versions", name] for name in ("list", "show", "diff", "promote", "rollback", "prune")),
+    *(["versions", name] for name in ("list", "show", "diff", "rebuild", "promote", "rollback", "prune")),
     ["dead-letters"],
     *(["dead-letters", name] for name in ("list", "show", "replay")),
 ]

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from typer.testing import CliRunner
 
 from deploy.audit import Audit, run_audit
+from deploy.cli import app
 from deploy.settings import load_settings
 from deploy.wiring import open_registry
 from stream.events import encode
@@ -139,24 +141,19 @@ def test_an_event_is_explained_from_the_log_and_the_database(deployment: Deploym
     letter = explained(deployment, "bad", "--json")
     assert letter["answered"] is None
     assert [one["reason"] for one in letter["letters"]] == ["malformed_json"]
-    text = command(deployment, "explain", "slow-1").stdout
+    text = command(deployment, "explain", "slow-1")
     assert "head: − slow" in text
     assert "(against)" in text or "(for)" in text
 
 
 def explained(deployment: Deployment, *arguments: str) -> Any:
-    return json.loads(command(deployment, "explain", *arguments).stdout)
+    return json.loads(command(deployment, "explain", *arguments))
 
 
-def command(deployment: Deployment, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "deploy.cli", *arguments, "--config", str(deployment.settings)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+def command(deployment: Deployment, *arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--config", str(deployment.settings)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def test_a_second_answer_and_an_event_passed_over_are_found(deployment: Deployment) -> None:

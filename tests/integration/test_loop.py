@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from learner.control import ControlAnswer, ControlRequest, sign
 from learner.heads import HeadSums
 from learner.registry import Registry
 from replay.store import LearnerStore
 from stream.events import Event, Report, Telemetry, encode, utc_now
-from tests.deployment import REPOSITORY, Deployment, label
+from tests.deployment import Deployment, label
 from tests.kafka import KafkaBroker
 from tests.waiting import until
 
@@ -172,6 +172,8 @@ def roll_back_and_correct(deployment: Deployment, stream: str) -> None:
     assert different["n"] == sum(one["n"] for one in different["classes"]) > 0
     changed = [one["kind"] for one in different["changed"]]
     assert changed.count("lost") == sum(one["lost"] for one in different["classes"])
+    made = cli(deployment, "versions", "rebuild", stream, "v2", "--json")
+    assert (made["outcome"], made["proven"], made["chain"]) == ("same", True, ["v2"])
     command = ("rollback", stream, "--since", "v2", "--json", "--yes", "--reason", "test", "--rate", "5000")
     found = cli(deployment, *command, "--reissue")
     answers = [one for one in deployment.predictions() if one.stream == stream]
@@ -198,15 +200,8 @@ def roll_back_and_correct(deployment: Deployment, stream: str) -> None:
 
 def cli(deployment: Deployment, *arguments: str) -> dict[str, Any]:
     """What a command of the command line prints as JSON."""
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.cli", *arguments, "--config", str(deployment.settings)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, [*arguments, "--config", str(deployment.settings)])
+    assert done.exit_code == 0, done.output
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
