@@ -35,6 +35,8 @@ JUDGED = 6_000
 SHOWN_VERSIONS = 60
 SHOWN_RUNS = 20
 SHOWN_LETTERS = 200
+LOOKED_AT = 10_000
+"""Messages of a part of a topic that an explanation looks through: a page is not waited for."""
 SILENT_SECONDS = 60.0
 KEPT_SECONDS = 2.0
 ENOUGH = 100
@@ -189,7 +191,7 @@ class Query:
 
     def explain(self, name: str, event_id: str) -> dict[str, Any]:
         """The same, with what only the topics know, and what speaks for its answer."""
-        return self._explainer(self._opened(name)).explain(name, event_id)
+        return self._explainer(self._opened(name)).explain(name, event_id, LOOKED_AT)
 
     def letters(self, reason: str | None) -> dict[str, Any]:
         """The newest dead letters, without what is in them."""
