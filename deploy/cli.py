@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from deploy.messages import BadLine, Letter
+    from deploy.rollback import Blast
     from deploy.settings import Settings
     from learner.control import Action, ControlAnswer, ControlRequest, HeldLabels
     from learner.registry import Registry, VersionManifest
     from stream.events import Prediction
 
 SHOWN_BAD_LINES = 20
+SHOWN_CLASSES = 30
 
 
 class Sentences(TyperGroup):
@@ -358,6 +360,39 @@ def audit(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel="Messages")
+def explain(
+    event_id: Annotated[str, typer.Argument(metavar="EVENT_ID", help="The event's id.")],
+    stream: Annotated[
+        str | None, typer.Option("--stream", help="Name of the stream; may be left out where one only knows the event.")
+    ] = None,
+    config: ConfigOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Look through whole topics, however long that takes.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    url: UrlOption = None,
+) -> None:
+    """Explain a prediction: the event, every answer to it, what speaks for it, its labels, who learned from it.
+
+    Where the learner's database cannot be read from here, the learner is asked. Nothing is written.
+    """
+    settings = _settings(config)
+    if stream is not None:
+        _known_stream(settings, stream)
+    found = _explained(settings, stream, event_id, everything, url)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+        return
+    from deploy.explain import lines
+
+    typer.echo(f"{found['event_id']} of stream {found['stream']}")
+    for title, rows in lines(found, _clock):
+        typer.echo(f"\n{title}")
+        for row in rows:
+            typer.echo(f"  {row}")
+
+
 @letters_app.command("list")
 def letters_list(
     config: ConfigOption = None,
@@ -515,6 +550,87 @@ def resume(
     _ask(config, "resume", stream, None, reason, by_topic, url)
 
 
+@app.command(rich_help_panel="Learning")
+def rollback(
+    stream: StreamArgument,
+    since: Annotated[
+        str,
+        typer.Option(
+            "--since",
+            metavar="TIME|VERSION",
+            help="The version that should not have been promoted, such as v13; the first revision that went wrong, "
+            "such as v13.40; or a time in UTC, such as 2026-03-01T02:00:00.",
+        ),
+    ],
+    config: ConfigOption = None,
+    reissue: Annotated[
+        bool, typer.Option("--reissue", help="Correct its predictions too; asked again, it goes on where it ended.")
+    ] = False,
+    rate: Annotated[float, typer.Option(help="The most corrections a second.", min=1, max=100_000)] = 200.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how far it reached.")] = False,
+    yes: YesOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text.")] = False,
+    reason: ReasonOption = "",
+    by_topic: ByTopicOption = False,
+    url: UrlOption = None,
+) -> None:
+    """Go back to what served before, having said how many predictions the bad version made, and of which classes.
+
+    It needs Kafka and the registry; with the learner's database it says which answers labels have shown to be wrong.
+    """
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    moment = _moment(since)
+    from deploy.rollback import blast, correct, in_service
+    from deploy.wiring import open_store
+
+    def read(count: int) -> None:
+        typer.echo(f"{count:,} predictions read", err=True)
+
+    store = open_store(settings) if _store_is_here(settings) else None
+    try:
+        found = blast(settings, stream, moment, store, read)
+        if not as_json:
+            _tell_blast(found)
+        if dry_run:
+            if as_json:
+                typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+            return
+        doing = [] if found.over else [f"roll {stream} back to {found.way.target}"]
+        doing += [f"correct {len(found.radius.open):,} predictions"] if reissue and found.radius.open else []
+        if doing and not yes:
+            typer.confirm(f"{' and '.join(doing).capitalize()}?", abort=True, err=True)
+        if found.over:
+            typer.echo(f"{found.serving} is in service already.", err=True)
+        else:
+            _ask(config, "rollback", stream, found.way.target, reason, by_topic, url, err=as_json)
+            _until_served(lambda: in_service(settings, stream), lambda name: name not in found.way.suspects)
+        done = None
+        if reissue:
+            done = correct(
+                settings, found.way, rate, store, lambda so_far, total: _tell_progress(so_far.corrected, total)
+            )
+    finally:
+        if store is not None:
+            store.close()
+    if as_json:
+        typer.echo(
+            json.dumps({**found.as_json(), "reissued": None if done is None else vars(done)}, ensure_ascii=False)
+        )
+    elif done is not None:
+        by = ", ".join(sorted(done.by)) or "nobody"
+        typer.echo(
+            f"Corrected {done.corrected:,} predictions, by {by}; {done.changed:,} are of another class than before."
+        )
+        for count, why in (
+            (done.gone, "events are no longer in their topic"),
+            (done.failed, "events make the model fail"),
+            (done.forgotten, "events were forgotten on request"),
+        ):
+            if count:
+                typer.echo(f"Not corrected: {count:,} {why}.")
+
+
 @versions_app.command("list")
 def versions_list(
     stream: Annotated[str | None, typer.Argument(help="Name of the stream; all of them when left out.")] = None,
@@ -582,9 +698,14 @@ def versions_show(
     settings = _settings(config)
     registry = _registry(settings)
     manifest = registry.version(_known_stream(settings, stream), version)
+    from learner.account import checks
+
     rebuildable = _rebuildable(_forgotten(settings, stream), manifest)
+    fate = _fate(settings, registry, stream, manifest)
+    asked = [] if manifest.verdict is None else checks(manifest.verdict)
     if format == "json":
-        typer.echo(json.dumps({**manifest.model_dump(mode="json"), "rebuildable": rebuildable}, ensure_ascii=False))
+        more = {"rebuildable": rebuildable, "fate": fate, "checks": [vars(check) for check in asked]}
+        typer.echo(json.dumps({**manifest.model_dump(mode="json"), **more}, ensure_ascii=False))
         return
     lineage = manifest.lineage
     typer.echo(
@@ -605,6 +726,9 @@ def versions_show(
     )
     if rebuildable:
         typer.echo(f"  {rebuildable}")
+    typer.echo("\nWhat became of it")
+    for line in fate:
+        typer.echo(f"  {line}")
     verdict = manifest.verdict
     if verdict is None:
         typer.echo("  no exam: a base version")
@@ -614,6 +738,12 @@ def versions_show(
         typer.echo(f"  {why}")
     if verdict.unjudged:
         typer.echo(f"  could not be judged: {', '.join(verdict.unjudged)}")
+    typer.echo(f"\nWhat the exam asked, at its look {verdict.look}")
+    _table(
+        ["", "asked", "found", "allowed"],
+        [["yes" if one.passed else "NO", one.rule, one.found, one.allowed] for one in asked],
+    )
+    typer.echo()
     _table(
         ["class", "examples", "champion", "candidate", "outcome"],
         [
@@ -621,6 +751,138 @@ def versions_show(
             for one in verdict.classes
         ],
     )
+
+
+@versions_app.command("diff")
+def versions_diff(
+    stream: StreamArgument,
+    before: Annotated[str, typer.Argument(metavar="A", help="A version such as v12, or a revision such as v12.34.")],
+    after: Annotated[str, typer.Argument(metavar="B", help="The one to compare it with.")],
+    config: ConfigOption = None,
+    limit: Annotated[int, typer.Option(help="Events shown at most; --json has all.", min=0)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+) -> None:
+    """Show which classes B answers better and worse than A on the exam's examples, and which answers changed.
+
+    A version is taken with a head of what the store holds now, as a rollback would bring it; a revision as it was
+    served.
+    Run it where the learner's database can be read.
+    """
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    if not _store_is_here(settings):
+        raise Misconfigured(f"learner.store {settings.learner.store} is not here: run it where the learner runs")
+    from deploy.wiring import device_of, open_store
+    from learner.account import Examiner
+
+    store, plan = open_store(settings), settings.streams[stream]
+    try:
+        examiner = Examiner(
+            store,
+            _registry(settings),
+            prior=plan.prior,
+            random_features=plan.random_features,
+            device=device_of(settings.learner.device),
+            told=lambda what: typer.echo(what, err=True),
+        )
+        found = examiner.compare(stream, before, after, plan.exam)
+    finally:
+        store.close()
+    if as_json:
+        typer.echo(json.dumps({"stream": stream, **found.as_json()}, ensure_ascii=False))
+        return
+    if not found.n:
+        typer.echo("The exam has no examples yet: a class gives some from its tenth label on.")
+        return
+    if found.same_encoder and "." not in before + after:
+        typer.echo(f"{before} and {after} have one encoder, so with one head they are the same: compare revisions.")
+        return
+    old, new = found.accuracy
+    counts = {kind: sum(one.kind == kind for one in found.changed) for kind in ("gained", "lost", "wrong")}
+    typer.echo(
+        f"{stream}: {old:.1%} right with {before}, {new:.1%} with {after}, of {found.n} exam examples: "
+        f"{counts['lost']} lost, {counts['gained']} gained, {counts['wrong']} wrong with both and otherwise\n"
+    )
+    _table(
+        ["class", "examples", before, after, "lost", "gained", after + " is"],
+        [
+            [
+                one.label,
+                str(one.n),
+                f"{one.before:.3f}",
+                f"{one.after:.3f}",
+                str(one.lost),
+                str(one.gained),
+                one.outcome.replace("_", " "),
+            ]
+            for one in found.classes
+            if one.lost or one.gained
+        ],
+    )
+    unchanged = sum(not (one.lost or one.gained) for one in found.classes)
+    if unchanged:
+        typer.echo(f"{unchanged} classes as they were")
+    if found.changed[:limit]:
+        typer.echo()
+        _table(
+            ["event", "its class", before, after, ""],
+            [[one.event_id, one.label, one.before or "", one.after or "", one.kind] for one in found.changed[:limit]],
+        )
+    if len(found.changed) > limit:
+        typer.echo(f"and {len(found.changed) - limit} more events; --limit or --json shows them")
+
+
+@versions_app.command("rebuild")
+def versions_rebuild(
+    stream: StreamArgument,
+    version: Annotated[str, typer.Argument(help="Such as v12.")],
+    config: ConfigOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+) -> None:
+    """Make a version again from its lineage and compare its weights; exit 1 where they are not the same.
+
+    Run it where the learner's database can be read. It trains, and changes nothing that is served.
+    """
+    settings = _settings(config)
+    _known_stream(settings, stream)
+    if not _store_is_here(settings):
+        raise Misconfigured(f"learner.store {settings.learner.store} is not here: run it where the learner runs")
+    from tempfile import TemporaryDirectory
+
+    from deploy.wiring import events_back, open_store
+    from learner.rebuild import TOLERANCE, Rebuilder
+
+    store = open_store(settings)
+    # It will hold examples, so it lies beside those of the learner's own jobs, and goes at the end.
+    settings.learner.jobs.mkdir(parents=True, exist_ok=True)
+    try:
+        with TemporaryDirectory(prefix="rebuild-", dir=settings.learner.jobs) as work:
+            found = Rebuilder(
+                store,
+                _registry(settings),
+                {name: its.kind for name, its in settings.streams.items()},
+                lambda name, places: events_back(settings, name, places),
+                Path(work),
+                told=lambda what: typer.echo(what, err=True),
+            ).rebuild(stream, version)
+    finally:
+        store.close()
+    if as_json:
+        typer.echo(json.dumps({"stream": stream, **vars(found)}, ensure_ascii=False))
+    else:
+        said = {
+            "same": "the same, bit for bit",
+            "near": f"within the tolerance of {TOLERANCE:.0%}: {found.largest:.2e} off at most, in {found.tensor}",
+            "other": f"not the same: {found.largest:.2e} off in {found.tensor}, {TOLERANCE:.0%} is allowed",
+        }
+        snapshot = "its snapshot is proven by its digest" if found.proven else "its snapshot is not proven"
+        typer.echo(
+            f"{version} of {stream}, made again of {found.examples} examples, is {said[found.outcome]}; {snapshot}."
+        )
+        for note in found.notes:
+            typer.echo(f"  {note}")
+    if found.outcome == "other":
+        raise typer.Exit(1)
 
 
 @versions_app.command("promote")
@@ -1084,6 +1346,95 @@ def _served_versions(settings: Settings, stream: str) -> set[str]:
     return {str(row[0]) for row in found}
 
 
+def _moment(since: str) -> datetime | str:
+    """What `--since` names: a version, a revision or a time."""
+    import re
+
+    if re.fullmatch(r"v[1-9][0-9]{0,8}(\.[0-9]{1,12})?", since):
+        return since
+    with contextlib.suppress(ValueError):
+        at = datetime.fromisoformat(since)
+        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+    _end(f"--since {since!r} is no version such as v13, and no time such as 2026-03-01T02:00:00", 2)
+
+
+def _tell_blast(found: Blast) -> None:
+    radius, way = found.radius, found.way
+    suspects = ", ".join(
+        f"{name} from {name}.{first} on" if first else name for name, first in way.suspects.since.items()
+    )
+    stream = way.suspects.stream
+    typer.echo(f"{stream}: suspect are the answers of {suspects}. Back to {way.target}: {way.why}.")
+    if not radius.total or radius.first is None or radius.last is None:
+        typer.echo("They answered nothing that is still on the topic.")
+        return
+    versions = ", ".join(f"{name} {count:,}" for name, count in found.by_version.items())
+    typer.echo(
+        f"They made {radius.total:,} predictions ({versions}) from {radius.first:%Y-%m-%d %H:%M:%S} to "
+        f"{radius.last:%Y-%m-%d %H:%M:%S} UTC; {radius.corrected:,} were corrected already, the answers to "
+        f"{len(radius.open):,} events were not.\n"
+    )
+    rows = [
+        [
+            name or "(no class)",
+            f"{count:,}",
+            "" if right is None else f"{right:,}",
+            "" if wrong is None else f"{wrong:,}",
+        ]
+        for name, count, right, wrong in found.by_class
+    ]
+    _table(["class", "predictions", "labelled, right", "labelled, wrong"], rows[:SHOWN_CLASSES])
+    if len(rows) > SHOWN_CLASSES:
+        typer.echo(f"and {len(rows) - SHOWN_CLASSES} more classes; --json has them")
+    typer.echo()
+
+
+def _tell_progress(done: int, total: int) -> None:
+    typer.echo(f"{done:,} of {total:,} corrected", err=True)
+
+
+def _until_served(serving: Callable[[], str | None], wanted: Callable[[str], bool], seconds: float = 60.0) -> None:
+    """Return once what is wanted is announced."""
+    import time
+
+    patience = time.monotonic() + seconds
+    while (name := serving()) is None or not wanted(name):
+        if time.monotonic() > patience:
+            _end(f"{name or 'nothing'} is still in service after {seconds:.0f} s: see what the topic audit says", 1)
+        time.sleep(0.5)
+
+
+def _fate(settings: Settings, registry: Registry, stream: str, manifest: VersionManifest) -> list[str]:
+    """What became of a version, oldest first: refused, promoted, rolled back, and by what or whom."""
+    import sqlalchemy as sa
+
+    from replay.schema import champions, moment, versions
+
+    c, v = champions.c, versions.c
+    reigns = _from_store(settings, sa.select(c.version, c.cause, c.at).where(c.stream == stream).order_by(c.id))
+    rows = _from_store(settings, sa.select(v.state, v.detail).where(v.stream == stream, v.number == manifest.number))
+    said = []
+    for row in rows or ():
+        if row.state in ("refused", "waiting"):
+            said.append(f"{row.state} when it was made: {'; '.join(row.detail.get('reasons', ()))}")
+    # Without the database the registry knows when, and not why.
+    known = (
+        [(f"v{row.version}", moment(row.at), row.cause) for row in reigns]
+        if reigns
+        else [
+            (one.version, one.since, one.why and f"the one before was rolled back: {one.why}")
+            for one in registry.champions(stream)
+        ]
+    )
+    for place, (name, at, cause) in enumerate(known):
+        after = known[place + 1] if place + 1 < len(known) else None
+        if name == manifest.name:
+            until = f"until {after[1]:%Y-%m-%d %H:%M:%S}, then {after[0]}: {after[2]}" if after else "and still is"
+            why = f" ({cause})" if cause else ""
+            said.append(f"in service from {at:%Y-%m-%d %H:%M:%S} UTC{why}, {until}")
+    return said or ["it was never in service"]
+
+
 def _forgotten(settings: Settings, stream: str) -> dict[int, int] | None:
     """By version number, how many of the examples it was trained on are gone; None where the store is not here."""
     import sqlalchemy as sa
@@ -1104,13 +1455,13 @@ def _rebuildable(forgotten: dict[int, int] | None, manifest: VersionManifest) ->
 
 def _from_store(settings: Settings, query: Any) -> list[Any] | None:
     """Rows of the learner's store; None where its file is not here."""
-    url = settings.learner.store
-    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+    if not _store_is_here(settings):
         return None
     import sqlalchemy as sa
 
     from replay import schema
 
+    url = settings.learner.store
     engine = schema.connect(url)
     try:
         with engine.connect() as connection:
@@ -1119,6 +1470,54 @@ def _from_store(settings: Settings, query: Any) -> list[Any] | None:
         raise Misconfigured(f"learner.store {url!r} cannot be read: {error}") from None
     finally:
         engine.dispose()
+
+
+def _explained(
+    settings: Settings, stream: str | None, event_id: str, everything: bool, url: str | None
+) -> dict[str, Any]:
+    """What is known of an event, from here where the database is, else from the learner."""
+    import urllib.parse
+
+    streams = sorted(settings.streams)
+    if url is None and _store_is_here(settings):
+        from deploy.explain import LOOKED_AT, answering_from
+        from deploy.wiring import explainer, open_registry, open_store
+        from replay.history import History
+
+        store = open_store(settings)
+        try:
+            if stream is None and len(streams) > 1:
+                knowing = History(store).streams_of(event_id, streams)
+                stream = _the_only(knowing or streams)
+            registry = open_registry(settings)
+            made = explainer(settings, store, lambda name: answering_from(store, registry, name))
+            return made.explain(stream or streams[0], event_id, None if everything else LOOKED_AT)
+        finally:
+            store.close()
+    if everything:
+        _end("--all reads whole topics: run it where the learner's database can be read", 2)
+    name = stream or _the_only(streams)
+    path = "/".join(urllib.parse.quote(part, safe="") for part in ("console", "api", "explain", name, event_id))
+    base, status, content = _call(settings, url, name, "", None, path=path)
+    if status != 200:
+        _end(f"the learner at {base} answered {status}: {_refusal(content)}", 1)
+    answer: dict[str, Any] = json.loads(content)
+    return answer
+
+
+def _the_only(streams: Sequence[str]) -> str:
+    if len(streams) == 1:
+        return streams[0]
+    raise Misconfigured(f"an event id is unique within its stream only: give --stream, one of {', '.join(streams)}")
+
+
+def _store_is_here(settings: Settings) -> bool:
+    url = settings.learner.store
+    return not url.startswith("sqlite:///") or Path(url.removeprefix("sqlite:///")).is_file()
+
+
+def _clock(at: float) -> str:
+    return f"{datetime.fromtimestamp(at, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _ask(
@@ -1134,6 +1533,7 @@ def _ask(
     held: HeldLabels | None = None,
     names: tuple[str, str] | None = None,
     label: str | None = None,
+    err: bool = False,
 ) -> None:
     """Ask the learner for something, and end with what became of it."""
     settings = _settings(config)
@@ -1164,13 +1564,14 @@ def _ask(
     if by_topic:
         _ask_by_topic(settings, request)
         typer.echo(
-            f"Asked on {settings.topics.name('control')}; the answer will be on {settings.topics.name('audit')}."
+            f"Asked on {settings.topics.name('control')}; the answer will be on {settings.topics.name('audit')}.",
+            err=err,
         )
         return
     answer = _ask_by_http(settings, request, url)
     if not answer.accepted:
         _end(answer.message, 1)
-    typer.echo(answer.message)
+    typer.echo(answer.message, err=err)
     for title, places in (("Cleaned", answer.cleaned), ("Not reached", answer.not_reached)):
         for place in places:
             typer.echo(f"{title}: {place}")
@@ -1236,8 +1637,10 @@ def _page(config: Path | None, stream: str, what: str, url: str | None, query: M
         _end(f"what answers at {base} is no learner: {content[:200]!r}", 1)
 
 
-def _call(settings: Settings, url: str | None, stream: str, what: str, body: bytes | None) -> tuple[str, int, bytes]:
-    """The learner's address, its status and what it says; a body makes it a POST."""
+def _call(
+    settings: Settings, url: str | None, stream: str, what: str, body: bytes | None, *, path: str | None = None
+) -> tuple[str, int, bytes]:
+    """The learner's address, its status and what it says; a body makes it a POST, `path` is another page."""
     import urllib.error
     import urllib.parse
     import urllib.request
@@ -1249,7 +1652,7 @@ def _call(settings: Settings, url: str | None, stream: str, what: str, body: byt
         raise Misconfigured(f"--learner {base!r}: give an address such as http://127.0.0.1:6070")
     token = http.secret()
     headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
-    where = f"{base}/streams/{urllib.parse.quote(stream, safe='')}/{what}"
+    where = f"{base}/{path or 'streams/' + urllib.parse.quote(stream, safe='') + '/' + what}"
     try:
         with urllib.request.urlopen(urllib.request.Request(where, body, headers), timeout=60) as answer:
             return base, answer.status, answer.read()

@@ -26,15 +26,20 @@ from monitoring import log
 from monitoring.metrics import Metrics
 from stream.batches import KafkaReader, KafkaWriter, TopicTail
 from stream.errors import Reason
-from stream.events import Decoder, utc_now
+from stream.events import Decoder, Place, utc_now
 from stream.kafka import check_broker, check_topics
 from stream.service import Health, Shell
 from stream.worker import Classifier, Parts, Worker
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from deploy.explain import Answering, Explainer
     from learner.app import Parts as LearnerParts
     from learner.asking import Asker
     from learner.curation import Curator
+    from learner.encoders import Payload
     from learner.joining import EventLog, Joiner
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
     from learner.trainer import Trainer
@@ -179,11 +184,16 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
         settings.learner.revision_seconds,
     )
     if settings.learner.console.enabled:
-        _open_console(settings, shell, lambda: learner.parts if learner.opened else None)
+        _open_console(settings, shell, lambda: learner.parts if learner.opened else None, learner.learn)
     return shell.run()
 
 
-def _open_console(settings: Settings, shell: Shell, parts: Callable[[], LearnerParts | None]) -> None:
+def _open_console(
+    settings: Settings,
+    shell: Shell,
+    parts: Callable[[], LearnerParts | None],
+    learn: Callable[[Callable[[], Any]], Future[Any]],
+) -> None:
     from deploy.console.query import Query
     from deploy.console.site import serve
     from deploy.console.watch import Watcher
@@ -202,8 +212,66 @@ def _open_console(settings: Settings, shell: Shell, parts: Callable[[], LearnerP
         shell.metrics,
     )
     kinds = {name: stream.kind for name, stream in settings.streams.items()}
-    query = Query(parts, watcher, shell.health, settings.kafka, followed, kinds, shell.token is not None, shell.metrics)
+    query = Query(
+        parts,
+        watcher,
+        shell.health,
+        settings.kafka,
+        followed,
+        kinds,
+        shell.token is not None,
+        shell.metrics,
+        lambda parts: _explainer_of(settings, parts, learn),
+    )
     serve(shell, query, watcher)
+
+
+def _explainer_of(
+    settings: Settings, parts: LearnerParts, learn: Callable[[Callable[[], Any]], Future[Any]]
+) -> Explainer:
+    from deploy.explain import Answering
+    from learner.heads import quantise
+
+    def answering(stream: str) -> Answering:
+        learner = parts.learners[stream]
+
+        # On the learning thread: an encoder is used by one.
+        def now() -> Answering:
+            serving, encoder = learner.serving, learner.encoder
+
+            def embed(payload: Payload) -> npt.NDArray[np.int16]:
+                work = lambda: quantise(encoder.embed([payload]), encoder.spec.bound)[0]  # noqa: E731
+                found: npt.NDArray[np.int16] = learn(work).result(30)
+                return found
+
+            head = serving.head if serving.encoder == learner.encoder_digest else None
+            return Answering(serving.name, learner.encoder_digest, encoder.spec.bound, head, embed)
+
+        found: Answering = learn(now).result(30)
+        return found
+
+    return explainer(settings, parts.store, answering)
+
+
+def explainer(settings: Settings, store: LearnerStore, answering: Callable[[str], Answering]) -> Explainer:
+    """What explains events, over a store that is open."""
+    from deploy.explain import Explainer
+
+    topics = {kind: settings.topics.name(kind) for kind in ("predictions", "labels", "dead_letters")}
+    return Explainer(store, settings.kafka, topics, Decoder(rules(settings)), answering)
+
+
+def events_back(settings: Settings, stream: str, places: Mapping[str, Place]) -> dict[str, Payload]:
+    """Events of a stream by id and place, as its encoder reads them; those that the log lost are left out."""
+    from learner.encoders import payload
+    from stream.lookback import Lookback, events_at
+
+    decoder, log = Decoder(rules(settings)), Lookback(settings.kafka.confluent())
+    try:
+        found = events_at(log.read, decoder, {(stream, event_id): place for event_id, place in places.items()})
+    finally:
+        log.close()
+    return {event_id: payload(event, decoder.rules[stream].channels) for (_, event_id), event in found.items()}
 
 
 def _learner_parts(

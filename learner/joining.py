@@ -187,8 +187,11 @@ class Joiner:
                 if record.topic == self._topics.labels:
                     labels.append((self._renamed(self._decoder.label(record)), record.place))
                 else:
-                    # A worker may not have heard of the new name yet.
-                    predictions.append((self._renamed(self._decoder.prediction(record)), record.place))
+                    found = self._decoder.prediction(record)
+                    # What is scored is what was served first; a correction of it changes nothing here.
+                    if found.supersedes is None:
+                        # A worker may not have heard of the new name yet.
+                        predictions.append((self._renamed(found), record.place))
             except DeadLetter as refusal:
                 self._metrics.dead_letters.labels(known_stream(self._decoder, record), refusal.reason).inc()
                 logger.info("dead letter %s[%d]@%d: %s", record.topic, record.partition, record.offset, refusal)

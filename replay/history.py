@@ -7,18 +7,26 @@ store's own connections, and a reader never keeps the writer waiting.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import sqlalchemy as sa
 
 from replay import schema as t
+from replay import traces
 from replay.schema import moment
-from replay.store import LearnerStore
+from replay.store import Example, LearnerStore, Payload, unpack
 from stream.events import Place
+from stream.join import At, Score
 
 NEWEST = 5_000
 """Predictions among which the newest of a stream are looked for; without a bound a silent stream would cost a scan."""
+AT_ONCE = 4_096
+"""Embeddings read at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +52,11 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """An event that was answered, and where it lies."""
+    """An event that was answered, and where it lies.
+
+    Args:
+        written: where the answer lies on its own topic, as (partition, offset).
+    """
 
     event_id: str
     label: str | None
@@ -52,6 +64,7 @@ class Answered:
     ref: Place
     observed_at: datetime
     predicted_at: datetime
+    written: At
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +75,119 @@ class Said:
     label: str | None
     labelled_at: datetime
     arrived_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A label of an event that waits in quarantine."""
+
+    id: int
+    labeller: str
+    label: str
+    reason: str
+    detail: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Learned:
+    """What is learned of an event.
+
+    Args:
+        exam: it is in the exam, so that no head and no run was ever taught by it.
+        kept: the event itself is still in the store.
+    """
+
+    label: str
+    exam: bool
+    kept: bool
+    labelled_at: datetime
+    learned_at: datetime
+    encoder: str
+    embedding: npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True)
+class Taught:
+    """One time that the instant head was taught an event, or it was taken back.
+
+    Args:
+        revision: the first that was announced with it, such as `v3.214`; None while none was.
+    """
+
+    label: str
+    added: bool
+    at: datetime
+    revision: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedOn:
+    """A version whose encoder saw an event: in its own run, or in that of an ancestor."""
+
+    version: str
+    state: str
+    own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """All that the database knows of one event.
+
+    Args:
+        said: what each labeller said last, newest first.
+        aside: labels of it in quarantine.
+        score: the answer that was served against the label that counts.
+        taught: what the instant head was taught of it and what was taken back, oldest first, as far as the ledger goes.
+        trained: the versions whose encoders saw it, oldest first. One in two million is named wrongly; see
+            `replay.traces`.
+        asked: why a label of it was asked for, and when.
+        forgotten_at: when it was forgotten on request; nothing else is known then.
+        settled: its label can no longer be corrected.
+    """
+
+    answered: Answered | None = None
+    said: tuple[Said, ...] = ()
+    aside: tuple[Aside, ...] = ()
+    score: Score | None = None
+    learned: Learned | None = None
+    taught: tuple[Taught, ...] = ()
+    trained: tuple[TrainedOn, ...] = ()
+    asked: tuple[str, datetime] | None = None
+    forgotten_at: datetime | None = None
+    settled: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Near:
+    """An example that a head was taught, and how like an event it is.
+
+    Args:
+        similarity: cosine of the two embeddings, in [-1, 1].
+        payload: the example itself; None where the store has let go of it.
+    """
+
+    event_id: str
+    label: str
+    similarity: float
+    labelled_at: datetime
+    payload: Payload | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """What a run was given.
+
+    Args:
+        rows: what it trained on, and what was in the exam when it began, by event id; without embeddings. `new` as it
+            was then.
+        let_go: those whose events the store has let go of; their payload is an empty text.
+        trained: how many it trained on, whether they are still here or not.
+    """
+
+    rows: tuple[Example, ...]
+    let_go: frozenset[str]
+    trained: int
 
 
 class History:
@@ -140,6 +266,182 @@ class History:
         labels = [Said(one.labeller, one.label, moment(one.labelled_at), moment(one.arrived_at)) for one in rows]
         return (None if row is None else _answered(row)), labels
 
+    def past(self, stream: str, event_id: str) -> Past:
+        """All that is known of one event."""
+        key = (stream, event_id)
+        answered, said = self.event(stream, event_id)
+        with self._store.read() as connection:
+
+            def rows(table: sa.Table, *order: Any) -> list[sa.Row[Any]]:
+                where = table.c.stream == stream, table.c.event_id == event_id
+                return list(connection.execute(sa.select(table).where(*where).order_by(*order).limit(100)))
+
+            buried = traces.buried(connection, [key])
+            score, example, request = (next(iter(rows(table)), None) for table in (t.scores, t.examples, t.requests))
+            return Past(
+                answered=answered,
+                said=tuple(said),
+                aside=tuple(
+                    Aside(row.id, row.labeller, row.label, row.reason, row.detail or "", moment(row.at))
+                    for row in rows(t.quarantine, t.quarantine.c.id)
+                ),
+                score=None
+                if score is None
+                else Score(
+                    stream, event_id, score.label, score.predicted, score.model_version, moment(score.labelled_at)
+                ),
+                learned=None
+                if example is None
+                else Learned(
+                    label=example.label,
+                    exam=example.exam,
+                    kept=example.payload is not None,
+                    labelled_at=moment(example.labelled_at),
+                    learned_at=moment(example.learned_at),
+                    encoder=example.encoder,
+                    embedding=np.frombuffer(example.embedding, "<i2"),
+                ),
+                taught=tuple(
+                    Taught(row.label, row.sign > 0, moment(row.at), _first_revision(connection, row))
+                    for row in rows(t.ledger, t.ledger.c.seq)
+                ),
+                trained=tuple(_trained(connection, stream, event_id)),
+                asked=None if request is None or request.asked_at is None else (request.why, moment(request.asked_at)),
+                forgotten_at=moment(buried[key]) if key in buried else None,
+                settled=key in traces.settled(connection, [key]),
+            )
+
+    def given(self, stream: str, run: int) -> Given:
+        """What a run was given, as far as it is still here."""
+        c = t.examples.c
+        columns = [column for column in c if column.name not in ("embedding", "encoder")]
+        with self._store.read() as connection:
+            size, marked = traces.training(connection, run)
+            began = connection.scalar(sa.select(t.runs.c.started_at).where(t.runs.c.id == run)) or 0
+            found = connection.execute(sa.select(*columns).where(c.stream == stream).order_by(c.event_id)).all()
+        trained = marked(stream, [row.event_id for row in found])
+        rows = [
+            (row, its) for row, its in zip(found, trained, strict=True) if its or (row.exam and row.learned_at <= began)
+        ]
+        examples = [
+            Example(
+                stream=stream,
+                event_id=row.event_id,
+                label=row.label,
+                payload="" if row.payload is None else unpack(row.payload),
+                observed_at=moment(row.observed_at),
+                labelled_at=moment(row.labelled_at),
+                ref=Place(topic=row.ref_topic, partition=row.ref_partition, offset=row.ref_offset),
+                priority=row.priority,
+                exam=not its,
+                # It was new to this run where none before had trained on it.
+                trained_in=None if row.trained_in is None or row.trained_in >= run else row.trained_in,
+                embedding=np.empty(0, np.int16),
+                encoder="",
+            )
+            for row, its in rows
+        ]
+        return Given(tuple(examples), frozenset(row.event_id for row, _ in rows if row.payload is None), size)
+
+    def verdicts(self, stream: str) -> list[tuple[str, str | None, bool, int]]:
+        """Of the answers whose labels have come: revision, class, whether that was right, and how many."""
+        c = t.scores.c
+        right = sa.case((c.label == c.predicted, 1), else_=0).label("right")
+        query = (
+            sa.select(c.model_version, c.predicted, right, sa.func.count().label("many"))
+            .where(c.stream == stream)
+            .group_by(c.model_version, c.predicted, right)
+        )
+        with self._store.read() as connection:
+            return [(row.model_version, row.predicted, bool(row.right), row.many) for row in connection.execute(query)]
+
+    def streams_of(self, event_id: str, streams: Collection[str]) -> list[str]:
+        """Which of these streams know an event of this id."""
+        tables = (t.served, t.labels, t.examples)
+        with self._store.read() as connection:
+            return [
+                stream
+                for stream in sorted(streams)
+                if traces.buried(connection, [(stream, event_id)])
+                or any(
+                    connection.scalar(
+                        sa.select(sa.literal(1)).where(table.c.stream == stream, table.c.event_id == event_id).limit(1)
+                    )
+                    for table in tables
+                )
+            ]
+
+    def nearest(
+        self, stream: str, encoder: str, embedding: npt.NDArray[np.int16], count: int, *, but: str = ""
+    ) -> list[Near]:
+        """The examples most like an embedding, most alike first; only those that teach a head, so none of the exam.
+
+        Costs one pass over the stream's embeddings, a few thousand of which are in memory at once.
+
+        Args:
+            encoder: under which `embedding` was made.
+            but: an event id that is left out: the event itself.
+        """
+        c = t.examples.c
+        query = sa.select(c.event_id, c.embedding).where(
+            c.stream == stream, c.encoder == encoder, c.exam.is_(False), c.event_id != but
+        )
+        wanted = embedding.astype(np.float32)
+        wanted /= max(float(np.linalg.norm(wanted)), 1e-9)
+        best: list[tuple[float, str]] = []
+        with self._store.read() as connection:
+            for part in connection.execute(query.execution_options(yield_per=AT_ONCE)).partitions():
+                rows = np.stack([np.frombuffer(row.embedding, "<i2") for row in part]).astype(np.float32)
+                likeness = rows @ wanted / np.maximum(np.linalg.norm(rows, axis=1), 1e-9)
+                best += [(-float(like), row.event_id) for like, row in zip(likeness, part, strict=True)]
+                best = sorted(best)[:count]
+            found = {
+                row.event_id: row
+                for row in connection.execute(
+                    sa.select(c.event_id, c.label, c.labelled_at, c.payload).where(
+                        c.stream == stream, c.event_id.in_([event_id for _, event_id in best])
+                    )
+                )
+            }
+        return [
+            Near(
+                event_id,
+                found[event_id].label,
+                -unlike,
+                moment(found[event_id].labelled_at),
+                None if found[event_id].payload is None else unpack(found[event_id].payload),
+            )
+            for unlike, event_id in best
+        ]
+
+
+def _first_revision(connection: sa.Connection, lesson: sa.Row[Any]) -> str | None:
+    """The first revision, of the versions with this encoder, that was announced with a ledger row."""
+    r, v = t.revisions.c, t.versions.c
+    query = (
+        sa.select(r.version, r.revision)
+        .join(t.versions, sa.and_(v.stream == r.stream, v.number == r.version))
+        .where(r.stream == lesson.stream, v.encoder == lesson.encoder, r.ledger_seq >= lesson.seq)
+        .order_by(r.at, r.version, r.revision)
+        .limit(1)
+    )
+    found = connection.execute(query).first()
+    return None if found is None else f"v{found.version}.{found.revision}"
+
+
+def _trained(connection: sa.Connection, stream: str, event_id: str) -> list[TrainedOn]:
+    runs = traces.trained(connection, stream, event_id)
+    v = t.versions.c
+    query = sa.select(v.number, v.parent, v.run, v.state).where(v.stream == stream).order_by(v.number)
+    saw: set[int | None] = set()
+    found = []
+    for row in connection.execute(query) if runs else ():
+        own = row.run in runs
+        if own or row.parent in saw:
+            saw.add(row.number)
+            found.append(TrainedOn(f"v{row.number}", row.state, own))
+    return found
+
 
 def _answered(row: sa.Row[tuple[object, ...]]) -> Answered:
     return Answered(
@@ -149,4 +451,5 @@ def _answered(row: sa.Row[tuple[object, ...]]) -> Answered:
         ref=Place(topic=row.ref_topic, partition=row.ref_partition, offset=row.ref_offset),
         observed_at=moment(row.observed_at),
         predicted_at=moment(row.predicted_at),
+        written=(row.partition, row.offset),
     )

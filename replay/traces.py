@@ -14,7 +14,7 @@ Every function works within the transaction of the connection it is given.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
 
@@ -45,6 +45,27 @@ def drop_training(connection: sa.Connection, run: int) -> None:
     """The run came to nothing: where no version has its weights, it trained on nothing."""
     kept = sa.exists().where(t.versions.c.run == t.trained_on.c.run)
     connection.execute(sa.delete(t.trained_on).where(t.trained_on.c.run == run, ~kept))
+
+
+def trained(connection: sa.Connection, stream: str, event_id: str) -> set[int]:
+    """The runs that trained on this example, as it is learned now."""
+    c, mark = t.trained_on.c, _marks(stream, [event_id])
+    rows = connection.execute(sa.select(c.run, c.marks).where(c.stream == stream))
+    return {row.run for row in rows if np.isin(mark, np.frombuffer(row.marks, _MARK)).any()}
+
+
+def training(
+    connection: sa.Connection, run: int
+) -> tuple[int, Callable[[str, Collection[str]], npt.NDArray[np.bool_]]]:
+    """How many examples a run trained on, and which of some it did, as they are learned now."""
+    c = t.trained_on.c
+    row = connection.execute(sa.select(c.size, c.marks).where(c.run == run)).first()
+    marks = np.frombuffer(b"" if row is None else row.marks, _MARK)
+
+    def marked(stream: str, event_ids: Collection[str]) -> npt.NDArray[np.bool_]:
+        return np.isin(np.array([_mark(stream, event_id) for event_id in event_ids], dtype=_MARK), marks)
+
+    return 0 if row is None else row.size, marked
 
 
 def lost_by(connection: sa.Connection, stream: str, run: int | None, parent: int | None) -> int:
@@ -137,8 +158,11 @@ def _found(
 
 
 def _marks(stream: str, event_ids: Iterable[str]) -> npt.NDArray[np.uint32]:
-    marks = [draw(f"trained\x00{stream}\x00{event_id}") & 0xFFFFFFFF for event_id in event_ids]
-    return np.sort(np.array(marks, dtype=_MARK))
+    return np.sort(np.array([_mark(stream, event_id) for event_id in event_ids], dtype=_MARK))
+
+
+def _mark(stream: str, event_id: str) -> int:
+    return draw(f"trained\x00{stream}\x00{event_id}") & 0xFFFFFFFF
 
 
 def _settled(stream: str, event_id: str) -> int:

@@ -178,6 +178,7 @@ def encode_prediction(
     novelty: float,
     model_version: str,
     predicted_at: datetime,
+    supersedes: str | None = None,
 ) -> bytes:
     """The bytes that `encode` gives for the `Prediction` of these fields.
 
@@ -188,6 +189,7 @@ def encode_prediction(
         event: what is answered.
         record: where it came from; its place is the prediction's `ref`.
         probabilities: (class, probability), best first.
+        supersedes: the revision whose answer to the same event this one corrects.
     """
     return to_json(
         {
@@ -201,7 +203,7 @@ def encode_prediction(
             "ref": {"topic": record.topic, "partition": record.partition, "offset": record.offset},
             "observed_at": event.observed_at,
             "predicted_at": predicted_at,
-            "supersedes": None,
+            "supersedes": supersedes,
         },
         inf_nan_mode="constants",
     )

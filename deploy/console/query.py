@@ -6,7 +6,6 @@ Nothing here changes anything. Every answer is bounded, whatever there is: so ma
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,8 @@ from pydantic import BaseModel, ValidationError
 
 from deploy.console import curves
 from deploy.console.watch import Neighbour, Watcher, gauge
-from deploy.messages import Letter, letter, read_at
+from deploy.explain import Explainer, readable, told_letter
+from deploy.messages import letter, read_at
 from learner.app import DRIFT_KINDS, Parts
 from learner.registry import BrokenVersion
 from monitoring.drift import Kind
@@ -40,6 +40,8 @@ SHOWN_TEXT = 20_000
 SHOWN_REQUESTS = 100
 SHOWN_CHANNELS = 32
 SHOWN_POINTS = 400
+LOOKED_AT = 10_000
+"""Messages of a part of a topic that an explanation looks through: a page is not waited for."""
 SILENT_SECONDS = 60.0
 KEPT_SECONDS = 2.0
 ENOUGH = 100
@@ -78,6 +80,7 @@ class Query:
         kinds: by stream, `text` or `telemetry`.
         guarded: whether a token is asked for.
         metrics: the learner's.
+        explainer: made of the learner's parts; explains events.
     """
 
     def __init__(
@@ -90,7 +93,9 @@ class Query:
         kinds: Mapping[str, str],
         guarded: bool,
         metrics: Metrics,
+        explainer: Callable[[Parts], Explainer],
     ) -> None:
+        self._explainer = explainer
         self._parts, self._watcher, self._health, self._kafka = parts, watcher, health, kafka
         self._topics, self._kinds, self._guarded = topics, kinds, guarded
         self._kept: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -191,38 +196,12 @@ class Query:
         return self._opened(name).asker.page(name, SHOWN_REQUESTS)
 
     def event(self, name: str, event_id: str) -> dict[str, Any]:
-        """One event: what it says, how it was answered, and what was said of it."""
-        answered, said = History(self._opened(name).store).event(name, event_id)
-        content: Any = None
-        shown: dict[str, Any] | None = None
-        why = "no answer of it is known here: it was not answered, or longer ago than learner.memory.horizon"
-        if answered is not None:
-            why = ""
-            try:
-                record = read_at(self._kafka, answered.ref)
-            except RetryLater as error:
-                record, why = None, str(error)
-            if record is None:
-                why = why or "its topic's retention has ended: it can still be labelled, and teaches nothing"
-            else:
-                content, shown = _readable(record.value), seen(record.value)
-        return {
-            "event_id": event_id,
-            "stream": name,
-            "content": content,
-            "seen": shown,
-            "why": why,
-            "answered": None
-            if answered is None
-            else {
-                "label": answered.label,
-                "version": answered.model_version,
-                "at": answered.predicted_at.timestamp(),
-                "observed_at": answered.observed_at.timestamp(),
-                "place": f"{answered.ref.topic} {answered.ref.partition}:{answered.ref.offset}",
-            },
-            "said": [{"labeller": one.labeller, "label": one.label, "at": one.labelled_at.timestamp()} for one in said],
-        }
+        """One event: what it says, how it was answered, and what was said and learned of it."""
+        return self._explainer(self._opened(name)).glance(name, event_id, seen)
+
+    def explain(self, name: str, event_id: str) -> dict[str, Any]:
+        """The same, with what only the topics know, and what speaks for its answer."""
+        return self._explainer(self._opened(name)).explain(name, event_id, LOOKED_AT)
 
     def letters(self, reason: str | None) -> dict[str, Any]:
         """The newest dead letters, without what is in them."""
@@ -233,7 +212,7 @@ class Query:
                 reasons[one.reason or "unknown"] = reasons.get(one.reason or "unknown", 0) + 1
         return {
             "reasons": reasons,
-            "letters": [_shown(one) for one in kept[: -SHOWN_LETTERS - 1 : -1]],
+            "letters": [told_letter(one) for one in kept[: -SHOWN_LETTERS - 1 : -1]],
             "trouble": self._watcher.troubles.get("dead_letters"),
         }
 
@@ -247,7 +226,7 @@ class Query:
         if record is None:
             raise Missing(f"there is no dead letter at {place}, or its retention has ended")
         one = letter(record)
-        return {**_shown(one), "content": None if one.by_reference else _readable(one.original.value)}
+        return {**told_letter(one), "content": None if one.by_reference else readable(one.original.value)}
 
     # Parts of answers
 
@@ -484,19 +463,6 @@ def _marks(reigns: list[Reign], runs: list[Run]) -> list[dict[str, Any]]:
     return marks
 
 
-def _shown(one: Letter) -> dict[str, Any]:
-    return {
-        "place": f"{one.place.partition}:{one.place.offset}",
-        "reason": one.reason or "unknown",
-        "field": one.field,
-        "detail": one.detail,
-        "event_id": one.event_id,
-        "at": one.at,
-        "first": f"{one.original.topic} {one.original.partition}:{one.original.offset}" if one.original.topic else "",
-        "by_reference": one.by_reference,
-    }
-
-
 def seen(content: bytes | None) -> dict[str, Any] | None:
     """What of an event a person labels by: its text, or its channels; None where the bytes are no event."""
     with contextlib.suppress(ValidationError):
@@ -510,19 +476,6 @@ def seen(content: bytes | None) -> dict[str, Any] | None:
         ]
         return {"channels": channels, "more": max(0, len(window.channels) - SHOWN_CHANNELS)}
     return None
-
-
-def _readable(content: bytes | None) -> str:
-    """Bytes for a reader: JSON indented, plain text as it is, the rest as Python writes it; cut where it is long."""
-    if content is None:
-        return "(no value)"
-    try:
-        text = content.decode()
-        with contextlib.suppress(ValueError, RecursionError):
-            text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-    except UnicodeDecodeError:
-        text = repr(content[:SHOWN_TEXT])
-    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}\n… {len(text) - SHOWN_TEXT} more characters"
 
 
 def _seconds(at: datetime | None) -> float | None:

@@ -55,6 +55,7 @@ class Answers(Protocol):
     def unlabelled(self, name: str) -> list[dict[str, Any]]: ...
     def requests(self, name: str) -> dict[str, Any]: ...
     def event(self, name: str, event_id: str) -> dict[str, Any]: ...
+    def explain(self, name: str, event_id: str) -> dict[str, Any]: ...
     def letters(self, reason: str | None) -> dict[str, Any]: ...
     def letter(self, place: str) -> dict[str, Any]: ...
 
@@ -147,11 +148,13 @@ def serve(shell: Shell, query: Answers, watcher: Runs) -> None:
                 case ["api", "letters"]:
                     reason = request.query.get("reason")
                     return await answer(self, request, lambda: query.letters(reason))
-                case ["api", "event" | "letter", *_] if not shell.authorised(request):
+                case ["api", "event" | "explain" | "letter", *_] if not shell.authorised(request):
                     # What is in an event is shown to those only who may act.
                     return told(shell, self, {"error": "the bearer token is missing or wrong"}, 401)
                 case ["api", "event", name, event_id]:
                     return await answer(self, request, lambda: query.event(name, event_id))
+                case ["api", "explain", name, event_id]:
+                    return await answer(self, request, lambda: query.explain(name, event_id))
                 case ["api", "letter", place]:
                     return await answer(self, request, lambda: query.letter(place))
                 case ["api", "who"]:

@@ -232,8 +232,8 @@ class Chaos:
 
     # How
 
-    def _stop_between_transactions(self, learner: subprocess.Popen[str]) -> None:
-        """SIGSTOP of a learner that holds no lock of SQLite: with one, nobody else can lead until it goes on or ends."""
+    def _stop_between_transactions(self, learner: subprocess.Popen[bytes]) -> None:
+        """SIGSTOP of a learner that holds no lock of SQLite: with one, nobody else leads until it goes on or ends."""
         while True:
             learner.send_signal(signal.SIGSTOP)
             try:

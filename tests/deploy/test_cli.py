@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from deploy.cli import app
 from learner.control import SIGNATURE, ControlAnswer, ControlRequest, ControlSettings, Gate
+from learner.exam import examine
 from learner.registry import Lineage, Registry, VersionManifest
 from learner.spec import EncoderSpec
 from replay import schema
@@ -35,9 +36,11 @@ COMMANDS = [
     ["demo"],
     ["publish"],
     ["predictions"],
+    ["explain"],
     ["retrain"],
     ["pause"],
     ["resume"],
+    ["rollback"],
     ["config"],
     ["config", "check"],
     ["config", "schema"],
@@ -49,7 +52,7 @@ COMMANDS = [
     ["classes"],
     *(["classes", name] for name in ("list", "rename", "merge")),
     ["versions"],
-    *(["versions", name] for name in ("list", "show", "promote", "rollback", "prune")),
+    *(["versions", name] for name in ("list", "show", "diff", "rebuild", "promote", "rollback", "prune")),
     ["dead-letters"],
     *(["dead-letters", name] for name in ("list", "show", "replay")),
 ]
@@ -191,6 +194,13 @@ def test_an_unreachable_broker_is_one_sentence(
         (["retrain", "intent"], 2, "did you mean intents?"),
         (["retrain", "intents"], 1, "no learner answers at http://127.0.0.1:"),
         (["forget", "e1"], 2, "unique within its stream only: give --stream, one of intents, storm"),
+        (["explain", "e1"], 2, "unique within its stream only: give --stream, one of intents, storm"),
+        (["explain", "e1", "--stream", "intents"], 1, "no learner answers at http://127.0.0.1:"),
+        (["explain", "e1", "--stream", "intents", "--all"], 2, "run it where the learner's database can be read"),
+        (["rollback", "intents", "--since", "yesterday"], 2, "no version such as v13, and no time such as 2026-03-01"),
+        (["rollback", "intents", "--since", "v2"], 1, "stream 'intents' has had no version in service yet"),
+        (["versions", "diff", "intents", "v1", "v2"], 2, "run it where the learner runs"),
+        (["versions", "rebuild", "intents", "v2"], 2, "run it where the learner runs"),
         (["versions", "promote", "intents", "12"], 2, "version: "),
         (["versions", "show", "intents", "v9"], 1, "v9"),
         (["versions", "prune", "intents"], 2, "prune where the learner runs"),
@@ -493,6 +503,23 @@ def test_versions_are_listed_and_shown(registry: Registry) -> None:
     why = "v5 is worse than v4 on labels of class 'a'"
     assert {row["version"]: row["rolled_back"] for row in rows if row["rolled_back"]} == {"v5": why}
     assert f"rolled back by itself: {why}" in run("versions", "show", "intents", "v5").stdout
+
+
+def test_a_version_is_accounted_for(registry: Registry) -> None:
+    """Why it serves, or does not, must be read off without the log of the night when it was decided."""
+    labels = ["a"] * 80 + ["b"] * 80
+    verdict = examine(labels, labels, ["b"] * 60 + labels[60:])
+    manifest = registry.version("intents", "v5").model_copy(update={"number": 0, "parent": "v5", "verdict": verdict})
+    registry.commit(manifest)
+    shown = run("versions", "show", "intents", "v6").stdout
+    assert "it was never in service" in shown
+    assert "class 'a' is worse: from 80 to 20 right of 80" in shown
+    assert "in service from 2026-03-01 12:00:00 UTC, until" in run("versions", "show", "intents", "v4").stdout
+    found = json.loads(run("versions", "show", "intents", "v6", "--format", "json").stdout)
+    failed = [check["rule"] for check in found["checks"] if not check["passed"]]
+    assert "no class is worse" in failed
+    assert "accuracy has not fallen" in failed
+    assert "enough examples" not in failed
 
 
 def test_a_version_that_cannot_be_made_again_says_so(registry: Registry) -> None:

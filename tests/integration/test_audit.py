@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
+from typer.testing import CliRunner
 
 from deploy.audit import Audit, run_audit
+from deploy.cli import app
 from deploy.settings import load_settings
 from deploy.wiring import open_registry
 from stream.events import encode
@@ -114,6 +116,44 @@ def test_a_version_that_nobody_has_is_found(deployment: Deployment, tmp_path: Pa
     there = settings.registry.model_copy(update={"url": str(registry)})
     found = audit(deployment, registry=there)
     assert found.versions_missing == 1
+
+
+def test_an_event_is_explained_from_the_log_and_the_database(deployment: Deployment) -> None:
+    """At night the question is one answer: what was it made from, and what has it taught since?"""
+    found = explained(deployment, "slow-1", "--json")
+    assert json.loads(found["content"])["event_id"] == "slow-1"
+    (answer,) = found["predictions"]
+    assert answer["ref"] == found["answered"]["place"]
+    assert answer["version"] == found["answered"]["version"]
+    assert [one["label"] for one in found["labels"]] == ["slow", "fast"]
+    assert found["learned"]["label"] == "fast"
+    taught = [(one["label"], one["added"]) for one in found["taught"]]
+    assert taught == [("slow", True), ("slow", False), ("fast", True)]
+    assert found["nearest"]
+    assert all(one["event_id"] != "slow-1" for one in found["nearest"])
+    assert found["now"]["version"].startswith("v1.")
+    assert 0.99 < sum(found["now"]["probabilities"].values()) <= 1.001
+    assert all("all of them" in line for line in found["looked"])
+    withdrawn = explained(deployment, "slow-2", "--stream", "probe", "--json")
+    assert [one["label"] for one in withdrawn["labels"]] == ["slow", None]
+    assert withdrawn["learned"] is None
+    assert withdrawn["now"] is not None, "the event is read back and embedded again"
+    letter = explained(deployment, "bad", "--json")
+    assert letter["answered"] is None
+    assert [one["reason"] for one in letter["letters"]] == ["malformed_json"]
+    text = command(deployment, "explain", "slow-1")
+    assert "head: − slow" in text
+    assert "(against)" in text or "(for)" in text
+
+
+def explained(deployment: Deployment, *arguments: str) -> Any:
+    return json.loads(command(deployment, "explain", *arguments))
+
+
+def command(deployment: Deployment, *arguments: str) -> str:
+    done = CliRunner().invoke(app, [*arguments, "--config", str(deployment.settings)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 def test_a_second_answer_and_an_event_passed_over_are_found(deployment: Deployment) -> None:

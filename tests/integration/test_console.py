@@ -38,6 +38,7 @@ PAGES = (
     "#/stream/probe",
     "#/stream/probe/versions",
     "#/stream/probe/labels",
+    "#/stream/probe/event/slow-1",
     "#/stream/notes/labels",
     "#/letters",
     "#/audit",
@@ -225,6 +226,11 @@ def test_what_an_event_says_is_text(site: Site) -> None:
     page.get_by_label("Event id").fill(HOSTILE)
     page.get_by_role("button", name="Look").click()
     expect(page.get_by_role("article")).to_contain_text(f"{HOSTILE} said <b>bold</b>")
+    page.get_by_role("link", name="Explain").click()
+    expect(page.get_by_role("heading", name=f"Event {HOSTILE}")).to_be_visible()
+    said = page.get_by_role("region", name="Table: Labels as they came")
+    expect(said).to_contain_text("<b>bold</b>")
+    expect(page.get_by_role("region", name="Table: Answers")).to_contain_text("predictions")
     assert page.evaluate("document.body.id") == ""
     assert page.locator("main img, main script, main b:text-is('bold')").count() == 0
     page.context.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from deploy.cli import app
 from learner.control import ControlAnswer, ControlRequest, sign
 from learner.heads import HeadSums
 from learner.registry import Registry
@@ -134,8 +137,11 @@ def test_the_whole_loop(deployment: Deployment, stream: str) -> None:
     becomes(deployment, stream, "pointing", 3_000, lambda found, _: found == "pointing")
     until(lambda: "v3" in deployment.versions(stream), seconds=180)
 
-    code, rolled = deployment.ask(stream, "rollback", version="v1", reason="test")
-    assert code == 202, rolled
+    if stream == "probe":
+        roll_back_and_correct(deployment, stream)
+    else:
+        code, rolled = deployment.ask(stream, "rollback", version="v1", reason="test")
+        assert code == 202, rolled
     becomes(
         deployment, stream, "pointing", 4_000, lambda found, version: version.startswith("v1.") and found == "pointing"
     )
@@ -158,6 +164,46 @@ def test_the_whole_loop(deployment: Deployment, stream: str) -> None:
     audit = [ControlAnswer.model_validate_json(r.value or b"") for r in deployment.records("audit")]
     assert [a.accepted for a in audit if a.action == "resume"] == [True]
     assert [a.accepted for a in audit if a.action == "retrain"] == [True, True]
+
+
+def roll_back_and_correct(deployment: Deployment, stream: str) -> None:
+    """By the command line, as at night: what is different, how far it reached, back, and its answers corrected."""
+    different = cli(deployment, "versions", "diff", stream, "v1", "v2", "--json")
+    assert different["n"] == sum(one["n"] for one in different["classes"]) > 0
+    changed = [one["kind"] for one in different["changed"]]
+    assert changed.count("lost") == sum(one["lost"] for one in different["classes"])
+    made = cli(deployment, "versions", "rebuild", stream, "v2", "--json")
+    assert (made["outcome"], made["proven"], made["chain"]) == ("same", True, ["v2"])
+    command = ("rollback", stream, "--since", "v2", "--json", "--yes", "--reason", "test", "--rate", "5000")
+    found = cli(deployment, *command, "--reissue")
+    answers = [one for one in deployment.predictions() if one.stream == stream]
+    suspect = {one.event_id: one for one in answers if one.model_version.startswith(("v2.", "v3."))}
+    assert found["target"] == "v1"
+    assert found["predictions"] == len(suspect) > 0
+    assert found["in_service"].startswith(("v2.", "v3."))
+    assert sum(one["predictions"] for one in found["classes"]) == len(suspect)
+    corrections = {one.event_id: one for one in answers if one.supersedes is not None}
+    assert sum(one.supersedes is not None for one in answers) == len(corrections) == found["reissued"]["corrected"]
+    assert {name: one.supersedes for name, one in corrections.items()} == {
+        name: one.model_version for name, one in suspect.items()
+    }
+    assert all(one.model_version.startswith("v1.") for one in corrections.values())
+    assert all(one.ref == suspect[name].ref for name, one in corrections.items())
+    again = cli(deployment, *command, "--reissue")
+    assert (again["corrected"], again["to_correct"], again["reissued"]["corrected"]) == (len(suspect), 0, 0)
+    name = next(iter(corrections))
+    explained = cli(deployment, "explain", name, "--stream", stream, "--json")
+    assert [one["supersedes"] for one in explained["predictions"]] == [None, suspect[name].model_version]
+    # What is scored is what was served first.
+    assert explained["answered"]["version"] == suspect[name].model_version
+
+
+def cli(deployment: Deployment, *arguments: str) -> dict[str, Any]:
+    """What a command of the command line prints as JSON."""
+    done = CliRunner().invoke(app, [*arguments, "--config", str(deployment.settings)])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def test_a_correction_and_a_withdrawal_change_the_served_answer(deployment: Deployment) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from replay.history import History
 from replay.store import LearnerStore
-from tests.replay.steps import NOW, STREAM, Learner, label, prediction
+from tests.replay.steps import ENCODER, NOW, STREAM, Learner, embed, label, prediction
 
 
 @pytest.fixture
@@ -53,3 +54,64 @@ def test_an_event_is_told_with_all_that_was_said_of_it(learner: Learner) -> None
     assert (answered.label, answered.ref.offset) == ("calm", 3)
     assert [(one.labeller, one.label) for one in said] == [("ann", None), ("bob", "storm")]
     assert History(learner.store).event(STREAM, "never") == (None, [])
+
+
+def test_the_past_of_an_event_names_who_learned_it(learner: Learner) -> None:
+    """What an answer was made from, and what a wrong label has reached, is asked at night."""
+    store, epoch = learner.store, learner.epoch
+    with store.transaction(epoch, NOW) as tx:
+        run = tx.add_run(STREAM, "hand", state="running")
+        tx.mark_trained(STREAM, run, ["e3", "e0"])
+        for number, parent, by in ((1, None, None), (2, 1, run), (3, 2, None), (4, 1, None)):
+            tx.add_version(STREAM, encoder=ENCODER, head="", state="promoted", number=number, parent=parent, run=by)
+        tx.add_revision(STREAM, 1, head="a", ledger_seq=1)
+        tx.add_revision(STREAM, 1, head="b", ledger_seq=3)
+    learner.step([label("e3", "storm", at=30, minute=40)])
+    past = History(store).past(STREAM, "e3")
+    assert past.learned is not None
+    assert (past.learned.label, past.learned.exam, past.learned.kept) == ("storm", False, True)
+    assert [(one.label, one.added, one.revision) for one in past.taught] == [
+        ("calm", True, "v1.1"),
+        ("calm", False, None),
+        ("storm", True, None),
+    ]
+    assert past.score is not None
+    assert not past.score.right
+    # A label that was corrected is out of what the versions can be made again from; e0's was not.
+    trained = History(store).past(STREAM, "e0").trained
+    assert [(one.version, one.own) for one in trained] == [("v2", True), ("v3", False)]
+    assert History(store).past(STREAM, "e5").learned is None
+    assert History(store).past(STREAM, "never").answered is None
+    assert History(store).streams_of("e3", ["elsewhere", STREAM]) == [STREAM]
+
+
+def test_what_was_forgotten_is_said_to_be_so_and_nothing_else(learner: Learner) -> None:
+    """An explanation must not be where a forgotten event lives on."""
+    with learner.store.transaction(learner.epoch, NOW) as tx:
+        tx.forget(STREAM, ["e3"])
+    past = History(learner.store).past(STREAM, "e3")
+    assert past.forgotten_at == NOW
+    assert (past.answered, past.said, past.learned, past.taught, past.score) == (None, (), None, (), None)
+
+
+def test_the_nearest_examples_are_those_of_the_greatest_cosine(learner: Learner) -> None:
+    """What is shown as speaking for an answer must be what is most like the event, not what is listed first."""
+    names = [f"n{number}" for number in range(40)]
+    learner.step([prediction(name, "calm", ref=100 + at, at=100 + at) for at, name in enumerate(names)])
+    learner.step([label(name, "calm", at=200 + at) for at, name in enumerate(names)])
+    rows = {row.event_id: row for row in learner.store.examples(STREAM, exam=False)}
+    wanted = embed("anything")
+
+    def cosine(event_id: str) -> float:
+        row = rows[event_id].embedding.astype(float)
+        return float(row @ wanted / np.linalg.norm(row) / np.linalg.norm(wanted.astype(float)))
+
+    ranked = sorted(rows, key=cosine, reverse=True)
+    found = History(learner.store).nearest(STREAM, ENCODER, wanted, 5)
+    assert [one.event_id for one in found] == ranked[:5]
+    assert found[0].similarity == pytest.approx(cosine(ranked[0]), abs=1e-5)
+    assert found[0].payload is not None
+    assert [one.event_id for one in History(learner.store).nearest(STREAM, ENCODER, wanted, 4, but=ranked[0])] == (
+        ranked[1:5]
+    )
+    assert History(learner.store).nearest(STREAM, "another encoder", wanted, 5) == []

@@ -78,7 +78,7 @@ function App() {
     setTold((before) => [{ id: Date.now() + Math.random(), good, message, at: Date.now() / 1000 }, ...before].slice(0, 4));
     setStamp((n) => n + 1);
   };
-  const [page, name, tab = ""] = where;
+  const [page, name, tab = "", event = ""] = where;
   useEffect(() => {
     document.title = `${page === "stream" ? name : page === "letters" ? "Dead letters" : page === "audit" ? "What was asked" : "Streams"} – trimtab`;
   }, [page, name]);
@@ -116,7 +116,7 @@ function App() {
       ${!state
         ? html`<h1>trimtab</h1><p>${wrong || "Asking the learner…"}</p>`
         : page === "stream"
-          ? html`<${Stream} key=${name} name=${name} tab=${tab} state=${state} ask=${setAsked} tell=${tell} locked=${locked} stamp=${stamp} />`
+          ? html`<${Stream} key=${name} name=${name} tab=${tab} event=${event} state=${state} ask=${setAsked} tell=${tell} locked=${locked} stamp=${stamp} />`
           : page === "letters"
             ? html`<${Letters} ask=${setAsked} locked=${locked} stamp=${stamp} now=${state.at} />`
             : page === "audit"

@@ -2,6 +2,7 @@
 
 import { act, letters, page, read, token } from "./api.js";
 import { because, Choice, Content, Requests } from "./asked.js";
+import { eventPath } from "./event.js";
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { ago, clock, many } from "./words.js";
 
@@ -207,6 +208,7 @@ export function Labelling({ stream, names, closed, tell, locked, now }) {
               ${event.answered
                 ? html`Answered <b>${event.answered.label ?? "nothing"}</b> by ${event.answered.version} at ${clock(event.answered.at)}; it lies at ${event.answered.place}.`
                 : "Not answered yet."}
+              <a href=${eventPath(stream, event.event_id)}>Explain</a>
               ${event.said.map((one) => html`<br />${one.labeller} said <b>${one.label ?? "nothing (withdrawn)"}</b> at ${clock(one.at)}.`)}
             </p>
             <form class="row" onSubmit=${send}>

@@ -3,6 +3,7 @@
 import { act, read } from "./api.js";
 import { Chart, Marks } from "./charts.js";
 import { Labelling, Quarantine } from "./desk.js";
+import { Explained } from "./event.js";
 import { html, useEffect, useState } from "./preact.js";
 import { ago, clock, many, number, rate, seconds, share, wholeShare } from "./words.js";
 
@@ -83,7 +84,7 @@ const RIVALS = [
 ];
 
 /** One stream, read anew every few seconds while it is looked at. */
-export function Stream({ name, tab, state, ask, tell, locked, stamp }) {
+export function Stream({ name, tab, event, state, ask, tell, locked, stamp }) {
   const [found, setFound] = useState(null);
   const [wrong, setWrong] = useState("");
   useEffect(() => {
@@ -117,6 +118,7 @@ export function Stream({ name, tab, state, ask, tell, locked, stamp }) {
     </nav>
     ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
     ${found && tab === "" && html`<${Now} one=${found} now=${state.at} ask=${ask} locked=${locked} />`}
+    ${tab === "event" && html`<${Explained} stream=${name} id=${event} locked=${locked} />`}
     ${found && tab === "versions" && html`<${Versions} one=${found} ask=${ask} locked=${locked} />`}
     ${found &&
     tab === "labels" &&
