@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any
 
@@ -110,7 +110,7 @@ def _together(kafka: Kafka, count: int, total: int) -> float:
         wait_for(lambda: looking() > 0, 120, "the first commit", check)
         first, begun = looking(), time.perf_counter()
         wait_for(lambda: looking() >= each * PARTITIONS, 600, "answering", check)
-        return (each * PARTITIONS - first) / (time.perf_counter() - begun)
+        return float(each * PARTITIONS - first) / (time.perf_counter() - begun)
 
 
 def _spread(kafka: Kafka, group: str) -> int:
@@ -120,7 +120,7 @@ def _spread(kafka: Kafka, group: str) -> int:
 
 
 @contextmanager
-def _committed(kafka: Kafka, group: str, topic: str) -> Iterator[Any]:
+def _committed(kafka: Kafka, group: str, topic: str) -> Iterator[Callable[[], int]]:
     """A function that says how many events of a topic the group has committed."""
     places = [TopicPartition(topic, partition) for partition in range(PARTITIONS)]
     asking = Consumer({"bootstrap.servers": kafka.bootstrap, **QUIET, "group.id": group, "enable.auto.commit": False})

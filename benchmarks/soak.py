@@ -165,8 +165,8 @@ class Watch:
             except (psutil.Error, OSError):
                 continue
             self.samples["lag"].append((now, scrape.total("trimtab_consumer_lag_events")))
-            if "trimtab_join_index_predictions" in scrape.names():
-                self.samples["index"].append((now, scrape.total("trimtab_join_index_predictions")))
+            if indexed := scrape.total("trimtab_join_index_predictions"):  # a worker has none
+                self.samples["index"].append((now, indexed))
 
     def growth(self, what: str) -> tuple[float, float, float]:
         """Medians of the second and of the last quarter of the time, and the slope an hour since the first quarter."""

@@ -8,16 +8,17 @@ import time
 import tracemalloc
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
-from learner.encoders import Encoder, build_telemetry_encoder, build_text_encoder
+from learner.encoders import Encoder, Payload, build_telemetry_encoder, build_text_encoder
 from learner.heads import LinearHead
 from learner.registry import Pointer, Registry, VersionManifest
 from learner.slot import HELD, Slot
@@ -407,7 +408,9 @@ def test_a_start_after_many_announcements_takes_the_newest_whole_one(
     assert metrics.registry.get_sample_value("trimtab_swaps_total", {"stream": "s"}) == 1, "a repeat is no news"
 
 
-def test_streams_that_share_an_encoder_go_through_it_together(slot: Slot, trainer: Trainer) -> None:
+def test_streams_that_share_an_encoder_go_through_it_together(
+    slot: Slot, trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each stream is still answered by its own head, and one that nothing was announced for says so."""
     for stream in ("s", "t"):
         trainer.version(stream, base(), head(stream))
@@ -424,7 +427,12 @@ def test_streams_that_share_an_encoder_go_through_it_together(slot: Slot, traine
     passes: list[int] = []
     encoder = slot._serving["s"].encoder
     embed = encoder.embed
-    encoder.embed = lambda payloads: (passes.append(len(payloads)), embed(payloads))[1]  # type: ignore[method-assign]
+
+    def counted(payloads: Sequence[Payload], *, repeatable: bool = False) -> npt.NDArray[np.float32]:
+        passes.append(len(payloads))
+        return embed(payloads, repeatable=repeatable)
+
+    monkeypatch.setattr(encoder, "embed", counted)
     slot.predict_all({"s": ours, "t": theirs})
     assert passes == [7]
 
