@@ -48,6 +48,7 @@ def run(load: Any, data: Path, triggers: Mapping[str, Any], seed: int, quick: bo
         "telemetry",
         train.channels,
         steps,
+        commands=train.commands,
         overrides={"triggers": dict(triggers)},
         seed=seed,
         finetune=triggers.get("every_labels") is not None or triggers.get("gain") is not None,

@@ -359,7 +359,8 @@ def guard_revision(
     """Why a revision is to be held back; empty where it may be announced. Pure, and cheap enough for each one.
 
     `previous` are the answers of the revision announced last: what broke just now is found here, what slips away
-    in many small steps by `guard_decline`.
+    in many small steps by `guard_decline`. A class that fell but is not gone is a reason only where more was lost than
+    gained, as there: a stream that is shown one class after another would else be held at the first of them for ever.
 
     Args:
         labels: the true class of each example of a small held set, or None for recent events without a label,
@@ -382,7 +383,9 @@ def guard_revision(
     truth = [label for label, _, _ in known if label is not None]
     pairs = _pairs_by_class(truth, [old for _, old, _ in known], [now for _, _, now in known])
     exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
-    held += _class_refusals(_judge_classes(pairs, exam, exam.alpha))
+    # A class that is gone is held whatever was gained for it; one that gave way to others, where it was not worth it.
+    lower = _lower(pairs.values())
+    held += _class_refusals([c for c in _judge_classes(pairs, exam, exam.alpha) if lower or c.candidate_recall == 0])
 
     if len(labels) >= rules.share_examples:
         before, after = Counter(previous), Counter(new)
@@ -395,6 +398,13 @@ def guard_revision(
                     f"of the answers to {len(labels)} events, which their labels do not bear out"
                 )
     return held
+
+
+def _lower(pairs: Collection[_Pairs]) -> bool:
+    """Whether more was lost than gained, over all examples and averaged over the classes."""
+    overall = _together(pairs)
+    by_class = sum((pair.lost - pair.gained) / (pair.n + STILL) for pair in pairs)
+    return overall.lost > overall.gained and by_class > 0
 
 
 def guard_decline(
@@ -429,9 +439,7 @@ def guard_decline(
     pairs = _pairs_by_class(labels, best, new)
     overall = _together(pairs.values())
     exam = ExamSettings(budget=rules.budget, alpha=min(0.5, 2 * rules.alpha), collapse_examples=rules.collapse_examples)
-    by_class = sum((pair.lost - pair.gained) / (pair.n + STILL) for pair in pairs.values())
-    lower = overall.lost > overall.gained and by_class > 0
-    held = _class_refusals(_judge_classes(pairs, exam, exam.alpha)) if lower else []
+    held = _class_refusals(_judge_classes(pairs, exam, exam.alpha)) if _lower(pairs.values()) else []
     if overall.p_value <= rules.alpha and overall.fall > rules.budget:
         held.append(f"accuracy fell from {overall.was:.1%} to {overall.now:.1%} of {overall.n} examples")
     return [f"{reason}, since the best revision so far" for reason in held], overall.p_value_better <= BETTER

@@ -329,6 +329,20 @@ def test_rare_classes_may_be_answered_at_the_cost_of_the_commonest() -> None:
     assert "class 'quiet' is worse" in held[0]
 
 
+def test_one_step_may_give_to_a_class_what_it_takes_from_another_but_not_all_of_it() -> None:
+    """Shown one class after another, a head that may not give any of the first to the second stays where it is."""
+    truth = ["a"] * 60 + ["g"] * 40 + ["m"] * 40
+    before = ["a"] * 55 + ["g"] * 5 + ["a"] * 20 + ["g"] * 20 + ["m"] * 40
+    given = ["a"] * 40 + ["g"] * 20 + ["a"] * 2 + ["g"] * 38 + ["m"] * 40
+    assert guard_revision(truth, before, given) == []
+    (broken,) = guard_revision(truth, before, [*given[:60], *before[60:]])
+    assert "class 'a' is worse: from 55 to 40 right of 60" in broken
+    swapped = ["m"] * 60 + ["g"] * 40 + ["m"] * 40
+    assert any(
+        "class 'a' is forgotten" in reason for reason in guard_revision(truth, [*["a"] * 30, *["x"] * 110], swapped)
+    )
+
+
 def test_the_best_so_far_moves_up_on_evidence_only() -> None:
     """The greatest of many noisy numbers would be a standard that no revision meets."""
     truth = ["x"] * 40
