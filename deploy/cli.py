@@ -15,16 +15,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 from typer.core import TyperGroup
 
+from deploy import cli_begin
+from deploy.cli_begin import ColumnOption, columns_given
+from deploy.terminal import ConfigOption, Format, StreamArgument, held_back, only_stream
+from deploy.terminal import end as _end
+from deploy.terminal import known_stream as _known_stream
+from deploy.terminal import read_settings as _settings
+from deploy.terminal import table as _table
 from stream.errors import Misconfigured, Stop, TrimtabError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from deploy.messages import BadLine, Letter
     from deploy.rollback import Blast
     from deploy.settings import Settings
@@ -32,7 +37,6 @@ if TYPE_CHECKING:
     from learner.registry import Registry, VersionManifest
     from stream.events import Prediction
 
-SHOWN_BAD_LINES = 20
 SHOWN_CLASSES = 30
 
 
@@ -86,11 +90,6 @@ app.add_typer(letters_app, name="dead-letters", rich_help_panel="Messages")
 TIMES = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%S%z"]
 """How a time is given on the command line."""
 
-ConfigOption = Annotated[
-    Path | None, typer.Option("--config", "-c", help="Settings file; TRIMTAB_CONFIG or trimtab.yaml when left out.")
-]
-Format = Annotated[Literal["text", "json"], typer.Option("--format", help="For people, or one JSON object a line.")]
-StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream, as in the settings.")]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; kept in the audit.")]
 ByTopicOption = Annotated[
     bool, typer.Option("--by-topic", help="Ask by the control topic instead of HTTP; the answer is on the audit topic.")
@@ -115,6 +114,9 @@ PlaceArgument = Annotated[
 ReasonFilter = Annotated[
     str | None, typer.Option("--reason", help="Only those refused for this reason, such as ragged.")
 ]
+
+
+cli_begin.add_to(app)
 
 
 def main() -> None:
@@ -254,11 +256,24 @@ def topics_create(config: ConfigOption = None) -> None:
 
 @app.command(rich_help_panel="Messages")
 def publish(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="JSON lines, one message each; - for standard input.")],
-    topic: Annotated[
+    file: Annotated[
         str,
-        typer.Option("--topic", "-t", help="Topic without the prefix: reports, telemetry, labels or a stream's own."),
+        typer.Argument(
+            metavar="FILE", help="JSON lines, one message each, or - for standard input; or a CSV or Parquet file."
+        ),
     ],
+    topic: Annotated[
+        str | None,
+        typer.Option(
+            "--topic",
+            "-t",
+            help="Of JSON lines: topic without the prefix: reports, telemetry, labels or a stream's own.",
+        ),
+    ] = None,
+    stream: Annotated[
+        str | None, typer.Option("--stream", help="Of a table: the stream; may be left out where there is one only.")
+    ] = None,
+    column: ColumnOption = None,
     config: ConfigOption = None,
     check: Annotated[
         bool,
@@ -267,26 +282,39 @@ def publish(
         ),
     ] = True,
 ) -> None:
-    """Publish events or labels from a file of JSON lines, keyed by event id."""
+    """Publish events or labels from a file, keyed by event id.
+
+    JSON lines with --topic are messages as they are on the wire. Rows of a table are events of one stream, and where
+    they name a class, labels too; columns are known by their names, or by --column text=NAME.
+    """
     settings = _settings(config)
-    from deploy.messages import Publisher, check_topic, publish_lines
+    from deploy.messages import Publisher, check_topic, publish_entries, publish_lines
     from deploy.settings import rules
     from stream.events import Decoder
 
-    whole, labels = _published_topic(settings, topic)
-    with _opened(file) as (lines, size):
-        check_topic(settings.kafka, whole)
-        bad: list[BadLine] = []
+    bad: list[BadLine] = []
+    if topic is None:
+        from deploy.begin import table_entries
+
+        entries, (events, labels_too) = table_entries(
+            Path(file), settings, only_stream(settings, stream), columns_given(column)
+        )
+        check_topic(settings.kafka, events, labels_too)
         with Publisher(settings.kafka) as publisher:
-            found = publish_lines(
-                _with_progress(lines, size, file), whole, publisher, Decoder(rules(settings)) if check else None, labels
-            )
-            bad.extend(line for line in found if line is not None)
-    typer.echo(f"Published {publisher.sent} messages to {whole}.", err=True)
+            for line in publish_entries(entries, (events, labels_too), publisher, Decoder(rules(settings))):
+                bad.extend([] if line is None else [line])
+        typer.echo(f"Published {publisher.sent} messages to {events} and {labels_too}.", err=True)
+    else:
+        whole, labels = _published_topic(settings, topic)
+        with _opened(file) as (lines, size):
+            check_topic(settings.kafka, whole)
+            with Publisher(settings.kafka) as publisher:
+                decoder = Decoder(rules(settings)) if check else None
+                found = publish_lines(_with_progress(lines, size, file), whole, publisher, decoder, labels)
+                bad.extend(line for line in found if line is not None)
+        typer.echo(f"Published {publisher.sent} messages to {whole}.", err=True)
     if bad:
-        shown = [f"  line {line.number}: {line.why}" for line in bad[:SHOWN_BAD_LINES]]
-        more = [f"  and {len(bad) - SHOWN_BAD_LINES} more"] if len(bad) > SHOWN_BAD_LINES else []
-        _end("\n".join([f"{len(bad)} lines were held back:", *shown, *more]), 1)
+        _end(held_back(bad), 1)
 
 
 @app.command(rich_help_panel="Messages")
@@ -1144,29 +1172,8 @@ def classes_merge(
     _ask(config, "merge", stream, None, reason, by_topic, url, names=(old, new))
 
 
-def _end(sentence: str, code: int) -> NoReturn:
-    typer.echo(f"trimtab: {sentence}", err=True)
-    raise typer.Exit(code)
-
-
-def _settings(path: Path | None) -> Settings:
-    from deploy.settings import load_settings
-
-    return load_settings(path)
-
-
 def _in_utc(at: datetime | None) -> datetime | None:
     return at if at is None or at.tzinfo is not None else at.replace(tzinfo=UTC)
-
-
-def _known_stream(settings: Settings, stream: str) -> str:
-    if stream in settings.streams:
-        return stream
-    from difflib import get_close_matches
-
-    near = get_close_matches(stream, settings.streams, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(settings.streams))}"
-    raise Misconfigured(f"the settings have no stream {stream!r}; {hint}")
 
 
 def _published_topic(settings: Settings, topic: str) -> tuple[str, bool]:
@@ -1278,25 +1285,6 @@ def _readable(content: bytes | None) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def _console() -> Console:
-    """Standard output; where it is no terminal, wide enough for whole lines."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=240)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    _console().print(table)
-
-
 def _pairs(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in found.items()) or "none"
 
@@ -1352,10 +1340,11 @@ def _moment(since: str) -> datetime | str:
 
     if re.fullmatch(r"v[1-9][0-9]{0,8}(\.[0-9]{1,12})?", since):
         return since
-    with contextlib.suppress(ValueError):
+    try:
         at = datetime.fromisoformat(since)
-        return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
-    _end(f"--since {since!r} is no version such as v13, and no time such as 2026-03-01T02:00:00", 2)
+    except ValueError:
+        _end(f"--since {since!r} is no version such as v13, and no time such as 2026-03-01T02:00:00", 2)
+    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
 
 
 def _tell_blast(found: Blast) -> None:

@@ -17,9 +17,10 @@ from typing import Any, Self
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka import errors as kafka_errors
 
+from deploy.tables import Entry
 from learner.control import Refused
 from stream.errors import DeadLetter, Misconfigured, RetryLater
-from stream.events import Decoder, Headers, Place, Record
+from stream.events import Decoder, Event, Headers, Place, Record, encode
 from stream.kafka import KafkaSettings, admin_client
 
 IDLE_SECONDS = 3.0
@@ -104,15 +105,7 @@ def read(
         RetryLater: no broker answers.
     """
     check_topic(kafka, topic)
-    consumer = KafkaConsumer(
-        **kafka.kafka_python(),
-        group_id=None,
-        enable_auto_commit=False,
-        isolation_level="read_committed",
-        auto_offset_reset="earliest",
-        allow_auto_create_topics=False,
-        fetch_max_wait_ms=100,
-    )
+    consumer = _reader(kafka)
     try:
         partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic) or ())]
         consumer.assign(partitions)
@@ -266,6 +259,75 @@ def publish_lines(
         yield None
 
 
+def publish_entries(
+    entries: Iterable[Entry], topics: tuple[str, str], publisher: Publisher, decoder: Decoder
+) -> Iterator[BadLine | None]:
+    """Publish what a file's rows came to; yields after each what is wrong with it, or None.
+
+    A row whose label is refused is held back whole: its event alone would teach nothing.
+
+    Args:
+        topics: whole names, of the events and of the labels.
+        decoder: refuses here what a worker or a learner would make a dead letter.
+    """
+    for entry in entries:
+        if entry.why:
+            yield BadLine(entry.number, entry.why)
+            continue
+        try:
+            event = None if entry.event is None else encode(entry.event)
+            label = None if entry.label is None else encode(entry.label)
+            if event is not None:
+                decoder.event(Record(topics[0], 0, entry.number, None, event))
+            if label is not None:
+                decoder.label(Record(topics[1], 0, entry.number, None, label))
+        except DeadLetter as refusal:
+            where = f"{refusal.field}: " if refusal.field else ""
+            yield BadLine(entry.number, f"{where}{refusal.detail}")
+            continue
+        if entry.event is not None:
+            publisher.send(topics[0], entry.event.event_id.encode(), event)
+        if entry.label is not None:
+            publisher.send(topics[1], entry.label.event_id.encode(), label)
+        yield None
+
+
+def ask(kafka: KafkaSettings, topics: tuple[str, str], event: Event, seconds: float) -> Record | None:
+    """Publish one event and wait for what is answered; None where nothing is within so many seconds.
+
+    Args:
+        topics: whole names, of the events and of the predictions.
+
+    Raises:
+        Misconfigured: a topic is missing, or the broker refuses us.
+        RetryLater: no broker answers.
+    """
+    check_topic(kafka, *topics)
+    consumer = _reader(kafka)
+    try:
+        partitions = [
+            TopicPartition(topics[1], number) for number in sorted(consumer.partitions_for_topic(topics[1]) or ())
+        ]
+        consumer.assign(partitions)
+        consumer.seek_to_end(*partitions)
+        for partition in partitions:
+            # The end is looked up only when it is asked for, and it is that of now that is meant.
+            consumer.position(partition)
+        with Publisher(kafka) as publisher:
+            publisher.send(topics[0], event.event_id.encode(), encode(event))
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for messages in consumer.poll(timeout_ms=200).values():
+                for message in messages:
+                    if message.key == event.event_id.encode():
+                        return record_of(message)
+    except kafka_errors.KafkaError as error:
+        raise RetryLater(f"Kafka at {kafka.bootstrap_servers} stopped answering: {error}") from error
+    finally:
+        consumer.close(autocommit=False)
+    return None
+
+
 def letter(record: Record) -> Letter:
     """A message of the topic of dead letters, taken apart. One that was put there by others has empty fields."""
     names = [name for name, _ in record.headers]
@@ -320,6 +382,18 @@ def originals(kafka: KafkaSettings, topic: str, ours: Collection[str], places: I
             raise Refused(f"{place} was too large to be copied, and its first place no longer has it")
         found.append(original)
     return found
+
+
+def _reader(kafka: KafkaSettings) -> Any:
+    return KafkaConsumer(
+        **kafka.kafka_python(),
+        group_id=None,
+        enable_auto_commit=False,
+        isolation_level="read_committed",
+        auto_offset_reset="earliest",
+        allow_auto_create_topics=False,
+        fetch_max_wait_ms=100,
+    )
 
 
 def _event_id(value: bytes) -> str | None:
