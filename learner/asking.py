@@ -152,7 +152,7 @@ def _units(rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 class Asker:
-    """Notices, ranks and asks. Used by the learning thread alone.
+    """Notices, ranks and asks. Used by the learning thread alone, but for `page`, which only reads.
 
     Args:
         store: the learner's database.

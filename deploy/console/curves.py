@@ -6,6 +6,7 @@ then: *no change* says the last of them, *majority* the most frequent. So they a
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -120,6 +121,27 @@ def delays(judged: Sequence[Judged], points: int = 40) -> dict[str, Any]:
         "p90": float(np.quantile(last, 0.9)) if last else None,
     }
     return {"curve": curve, "now": now}
+
+
+def thinned(row: Sequence[float | None], points: int) -> list[float | None]:
+    """At most so many values of a series: of each stretch the lowest and the highest, in their order.
+
+    So no peak is lost, however short. A stretch without any value stays a gap.
+
+    Args:
+        points: even.
+    """
+    if len(row) <= points:
+        return list(row)
+    kept: list[float | None] = []
+    size = math.ceil(2 * len(row) / points)
+    for start in range(0, len(row), size):
+        there = [(value, at) for at, value in enumerate(row[start : start + size]) if value is not None]
+        ends = sorted({min(there), max(there)}, key=lambda one: one[1]) if there else []
+        kept.extend(value for value, _ in ends)
+        if not ends:
+            kept.append(None)
+    return kept
 
 
 def _baselines(judged: Sequence[Judged]) -> tuple[list[str | None], list[str | None]]:

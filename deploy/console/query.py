@@ -15,7 +15,7 @@ from datetime import datetime
 from importlib.metadata import version
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from deploy.console import curves
 from deploy.console.watch import Neighbour, Watcher, gauge
@@ -27,7 +27,7 @@ from monitoring.metrics import Metrics
 from replay.history import History
 from replay.store import Reign, Run
 from stream.errors import RetryLater
-from stream.events import Place
+from stream.events import Place, Report, Telemetry
 from stream.kafka import KafkaSettings
 from stream.service import Health
 
@@ -37,6 +37,9 @@ SHOWN_VERSIONS = 60
 SHOWN_RUNS = 20
 SHOWN_LETTERS = 200
 SHOWN_TEXT = 20_000
+SHOWN_REQUESTS = 100
+SHOWN_CHANNELS = 32
+SHOWN_POINTS = 400
 SILENT_SECONDS = 60.0
 KEPT_SECONDS = 2.0
 ENOUGH = 100
@@ -151,6 +154,7 @@ class Query:
             "pace": pace,
             "workers": workers,
             "quarantine": store.quarantine_counts(name),
+            "label_requests": store.request_counts(name)["open"],
             "suspects": [{"labeller": one.labeller, "why": one.why} for one in store.doubts(name)],
         }
 
@@ -182,10 +186,15 @@ class Query:
             for one in History(parts.store).unlabelled(name, 20)
         ]
 
+    def requests(self, name: str) -> dict[str, Any]:
+        """Labels that the learner asks for and has not got, best first, and what its budget leaves."""
+        return self._opened(name).asker.page(name, SHOWN_REQUESTS)
+
     def event(self, name: str, event_id: str) -> dict[str, Any]:
         """One event: what it says, how it was answered, and what was said of it."""
         answered, said = History(self._opened(name).store).event(name, event_id)
         content: Any = None
+        shown: dict[str, Any] | None = None
         why = "no answer of it is known here: it was not answered, or longer ago than learner.memory.horizon"
         if answered is not None:
             why = ""
@@ -196,11 +205,12 @@ class Query:
             if record is None:
                 why = why or "its topic's retention has ended: it can still be labelled, and teaches nothing"
             else:
-                content = _readable(record.value)
+                content, shown = _readable(record.value), seen(record.value)
         return {
             "event_id": event_id,
             "stream": name,
             "content": content,
+            "seen": shown,
             "why": why,
             "answered": None
             if answered is None
@@ -485,6 +495,21 @@ def _shown(one: Letter) -> dict[str, Any]:
         "first": f"{one.original.topic} {one.original.partition}:{one.original.offset}" if one.original.topic else "",
         "by_reference": one.by_reference,
     }
+
+
+def seen(content: bytes | None) -> dict[str, Any] | None:
+    """What of an event a person labels by: its text, or its channels; None where the bytes are no event."""
+    with contextlib.suppress(ValidationError):
+        text = Report.model_validate_json(content or b"").text
+        return {"text": text[:SHOWN_TEXT], "more": max(0, len(text) - SHOWN_TEXT)}
+    with contextlib.suppress(ValidationError):
+        window = Telemetry.model_validate_json(content or b"")
+        channels = [
+            {"name": channel[:200], "values": curves.thinned(row, SHOWN_POINTS)}
+            for channel, row in zip(window.channels[:SHOWN_CHANNELS], window.values, strict=False)
+        ]
+        return {"channels": channels, "more": max(0, len(window.channels) - SHOWN_CHANNELS)}
+    return None
 
 
 def _readable(content: bytes | None) -> str:

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from deploy.console.curves import FEWEST, RECENT, accuracy, delays, heat
+from deploy.console.curves import FEWEST, RECENT, accuracy, delays, heat, thinned
 from deploy.console.front import Front
-from deploy.console.query import forgetting, keeping_up, moving, right
+from deploy.console.query import forgetting, keeping_up, moving, right, seen
 from deploy.console.site import assets
 from deploy.console.watch import Neighbour, Ring
 from replay.history import Judged
+from stream.events import Report, Telemetry, encode
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
 
@@ -118,6 +119,32 @@ def test_a_ring_covers_a_whole_life_in_bounded_memory() -> None:
     assert len(steps) == 1, "points of equal spacing"
     assert times[0] < 300  # type: ignore[operator]
     assert times[-1] > 9_700  # type: ignore[operator]
+
+
+def test_a_drawn_series_keeps_its_peaks_and_its_gaps() -> None:
+    """A spike of one step is what a person labels by; a picture that leaves it out shows another event."""
+    row: list[float | None] = [0.0] * 10_000
+    row[7_777], row[3_333] = 9.0, -5.0
+    row[4_000:6_000] = [None] * 2_000
+    found = thinned(row, 400)
+    assert len(found) <= 400
+    assert {9.0, -5.0, None} <= set(found)
+    assert found.index(-5.0) < found.index(None) < found.index(9.0)
+    assert thinned([1.0, None, 2.0], 400) == [1.0, None, 2.0]
+
+
+def test_an_event_is_shown_as_its_labeller_needs_it() -> None:
+    """Text as text, a window as its channels; and what is no event any more as the bytes that lie there."""
+    text = Report(event_id="a", stream="s", observed_at=START, text="x" * 20_001)
+    assert seen(encode(text)) == {"text": "x" * 20_000, "more": 1}
+    names = [str(number) for number in range(40)]
+    window = Telemetry(event_id="a", stream="s", observed_at=START, channels=names, values=[[1.0, None]] * 40)
+    shown = seen(encode(window))
+    assert shown is not None
+    assert (len(shown["channels"]), shown["more"]) == (32, 8)
+    assert shown["channels"][1] == {"name": "1", "values": [1.0, None]}
+    for torn in (None, b"", b"{", b"\xff", b'{"text": 1}', b"[" * 10_000):
+        assert seen(torn) is None
 
 
 def test_a_model_that_a_rival_beats_is_not_called_good() -> None:

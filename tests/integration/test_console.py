@@ -33,7 +33,20 @@ BEARER = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"
 HOSTILE = "<img src=x onerror=\"document.body.id='hacked'\"><script>document.body.id='hacked'</script>"
 SLOW = 90_000
 """Milliseconds: a machine that is busy with something else is no failure."""
-PAGES = ("#/", "#/stream/probe", "#/stream/probe/versions", "#/stream/probe/labels", "#/letters", "#/audit")
+PAGES = (
+    "#/",
+    "#/stream/probe",
+    "#/stream/probe/versions",
+    "#/stream/probe/labels",
+    "#/stream/notes/labels",
+    "#/letters",
+    "#/audit",
+)
+PASTE = """(field) => {
+    const clipboardData = new DataTransfer();
+    clipboardData.setData("text", "x".repeat(5 * 2 ** 20));
+    field.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+}"""
 IMAGES = os.environ.get("CONSOLE_IMAGES")
 """A folder for the screenshots of the documents; unset, they are made and thrown away."""
 
@@ -95,7 +108,12 @@ def site(kafka: KafkaBroker, chromium: Browser, tmp_path_factory: pytest.TempPat
     """A learner that is ready, and no worker yet."""
     directory = tmp_path_factory.mktemp("console")
     (directory / "token").write_text(TOKEN)
-    streams = {"probe": {**STREAM, "new_classes": {"per_day": 4}}, "notes": {"kind": "text", "triggers": {}}}
+    # Everything is asked about that is not nearly the same as what was, so that a test need not wait for a budget.
+    asking = {"per_day": 10_000, "novelty": 0.0}
+    streams = {
+        "probe": {**STREAM, "new_classes": {"per_day": 4}},
+        "notes": {"kind": "text", "triggers": {}, "label_requests": asking},
+    }
     with deployed(kafka, directory, streams) as made:
         settings = json.dumps({"workers": [f"http://127.0.0.1:{made.worker_port}"]})
         os.environ["TRIMTAB_LEARNER__CONSOLE"] = settings
@@ -218,13 +236,7 @@ def test_five_megabytes_pasted_into_a_field_are_refused_in_words(site: Site) -> 
     until(lambda: "slow-901" in unlabelled(site), seconds=60)
     page = site.open("#/stream/probe/labels")
     box = page.get_by_label("Its class")
-    box.evaluate(
-        """(field) => {
-            const clipboardData = new DataTransfer();
-            clipboardData.setData("text", "x".repeat(5 * 2 ** 20));
-            field.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
-        }"""
-    )
+    box.evaluate(PASTE)
     expect(page.get_by_role("alert")).to_contain_text("5,242,880 characters were pasted")
     assert box.input_value() == ""
     box.fill("y" * 129)
@@ -234,6 +246,49 @@ def test_five_megabytes_pasted_into_a_field_are_refused_in_words(site: Site) -> 
     huge = json.dumps({"event_ids": ["slow-901"], "label": "x" * 5 * 2**20}).encode()
     code, body = ask(site.deployment.learner_port, "POST", "/streams/probe/label", huge, BEARER)
     assert (code, "64 KiB" in body["error"]) == (413, True)
+
+
+def test_a_label_that_is_asked_for_is_given_by_keyboard(site: Site) -> None:
+    """A few minutes of a person are worth most on these: in their order, read at once, and gone when said."""
+    deployment = site.deployment
+    texts = {"hot": f"Pump {HOSTILE} at 90 degrees", "wet": "Water in the cellar", "dark": "The lamps failed"}
+    deployment.publish(
+        *(Report(event_id=name, stream="notes", observed_at=utc_now(), text=text) for name, text in texts.items())
+    )
+    until(lambda: set(texts) == set(asked_for(site)), seconds=120)
+    first, second, last = asked_for(site)
+    page = site.open("#/stream/notes/labels")
+    page.get_by_label("Labelled by").fill("grace")
+    rows = page.get_by_role("region", name="Open label requests").get_by_role("row")
+    expect(rows).to_have_count(4)
+    expect(rows.nth(1)).to_contain_text(first)
+    expect(rows.nth(1)).to_contain_text("unlike what it knows")
+    expect(page.get_by_role("heading", name=first, exact=True)).to_be_visible()
+    expect(page.get_by_label("The event", exact=True)).to_have_text(texts[first])
+    expect(page.get_by_role("article")).to_contain_text("Its guess is")
+    field = page.get_by_label("Its class")
+    field.focus()
+    # A class that is known, by its first letters and an arrow; then one that nobody named before.
+    page.keyboard.type("<B")
+    expect(page.get_by_role("option")).to_have_count(1)
+    page.keyboard.press("ArrowDown")
+    expect(page.get_by_role("option", selected=True)).to_have_text(re.compile("<b>bold</b>"))
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=second, exact=True)).to_be_visible()
+    expect(rows).to_have_count(3)
+    expect(field).to_be_focused()
+    field.evaluate(PASTE)
+    expect(page.get_by_role("alert")).to_contain_text("5,242,880 characters were pasted")
+    page.keyboard.type("damage")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name=last, exact=True)).to_be_visible()
+    expect(page.get_by_role("status")).to_contain_text("1 event labelled 'damage' by grace")
+    until(lambda: asked_for(site) == [last], seconds=60)
+    said = [Label.model_validate_json(record.value or b"") for record in deployment.records("labels")]
+    by_grace = [(one.event_id, one.label) for one in said if one.labeller == "grace"]
+    assert by_grace == [(first, "<b>bold</b>"), (second, "damage")]
+    assert page.evaluate("document.body.id") == ""
+    page.context.close()
 
 
 def test_quarantined_labels_are_released_and_dropped(site: Site) -> None:
@@ -424,6 +479,13 @@ def unlabelled(site: Site, stream: str = "probe") -> list[str]:
     code, rows = ask(site.deployment.learner_port, "GET", f"/console/api/unlabelled/{stream}", b"", BEARER)
     assert code == 200, rows
     return [row["event_id"] for row in rows]
+
+
+def asked_for(site: Site) -> list[str]:
+    """The ids of the events whose label is asked for, as the learner ranks them."""
+    code, found = ask(site.deployment.learner_port, "GET", "/console/api/requests/notes", b"", BEARER)
+    assert code == 200, found
+    return [row["event_id"] for row in found["requests"]]
 
 
 def waiting(site: Site) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 // What the page asks for: one dialog for what may be regretted, the desk where labels are given, quarantine, dead letters.
 
 import { act, letters, page, read, token } from "./api.js";
+import { because, Choice, Content, Requests } from "./asked.js";
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { ago, clock, many } from "./words.js";
 
@@ -100,14 +101,16 @@ export function Token({ close, done }) {
   </dialog>`;
 }
 
-/** Labels by hand: the newest unlabelled event, or one by its id; pick or type a class, and Enter goes to the next. */
-export function Labelling({ stream, names, closed, tell, locked }) {
+/** Labels by hand: what the learner asks for first, else the newest unlabelled event, or one by its id; Enter goes to the next. */
+export function Labelling({ stream, names, closed, tell, locked, now }) {
+  const [asked, setAsked] = useState(null);
   const [queue, setQueue] = useState(null);
   const [wanted, setWanted] = useState("");
   const [event, setEvent] = useState(null);
   const [wrong, setWrong] = useState("");
+  const [name, setName] = useState(who());
   const field = useRef();
-  const skipped = useRef(new Set());
+  const done = useRef(new Set()); // labelled or skipped here; the learner hears of a label a moment later
   const turn = useRef(0); // an answer that was overtaken by a later question is let go
   const look = async (id, mine = ++turn.current) => {
     setWrong("");
@@ -122,10 +125,17 @@ export function Labelling({ stream, names, closed, tell, locked }) {
       setWrong(error.message);
     }
   };
-  const next = async () => {
+  const requests = async () => {
+    const found = await read("requests", stream);
+    setAsked(found);
+    return found.requests;
+  };
+  const next = async (newest = false) => {
     const mine = ++turn.current;
+    const left = (rows) => rows.filter((one) => !done.current.has(one.event_id));
     try {
-      const waiting = (await read("unlabelled", stream)).filter((one) => !skipped.current.has(one.event_id));
+      let waiting = newest ? [] : left(await requests());
+      if (!waiting.length) waiting = left(await read("unlabelled", stream));
       if (mine !== turn.current) return;
       setQueue(waiting);
       if (waiting.length) await look(waiting[0].event_id, mine);
@@ -135,9 +145,13 @@ export function Labelling({ stream, names, closed, tell, locked }) {
     }
   };
   useEffect(() => {
-    skipped.current.clear();
+    done.current.clear();
     setEvent(null);
+    setAsked(null);
     if (!locked) next();
+    else requests().catch((error) => setWrong(error.message));
+    const timer = setInterval(() => document.hidden || requests().catch(() => {}), 5000);
+    return () => clearInterval(timer);
   }, [stream, locked]);
   // Once the event is drawn: what is typed next is its class.
   useEffect(() => {
@@ -152,36 +166,43 @@ export function Labelling({ stream, names, closed, tell, locked }) {
       return;
     }
     try {
-      const answer = await act(stream, "label", { event_ids: [event.event_id], label: label.trim(), who: who() || "console" });
+      const answer = await act(stream, "label", { event_ids: [event.event_id], label: label.trim(), who: name.trim() || "console" });
       tell(answer.accepted, answer.message);
       if (!answer.accepted) {
         setWrong(answer.message);
         return;
       }
-      field.current.value = "";
-      skipped.current.add(event.event_id);
+      done.current.add(event.event_id);
       await next();
     } catch (error) {
       setWrong(error.message);
     }
   };
   const pass = () => {
-    skipped.current.add(event.event_id);
+    done.current.add(event.event_id);
     next();
   };
-  return html`<section aria-labelledby="label-title">
+  const called = (typed) => {
+    setName(typed);
+    localStorage.setItem(WHO, typed.trim());
+  };
+  const request = event && asked?.requests.find((one) => one.event_id === event.event_id);
+  return html`<${Requests} found=${asked} done=${done.current} current=${event?.event_id} open=${(id) => !locked && look(id)} now=${now} />
+    <section aria-labelledby="label-title">
     <h2 id="label-title">Label an event</h2>
     ${locked
       ? html`<p class="empty">Give the token first: what is in an event is shown to those only who may act.</p>`
       : html`<form class="row" onSubmit=${(e) => (e.preventDefault(), wanted.trim() && look(wanted.trim()))}>
             <label>Event id <input value=${wanted} onInput=${(e) => setWanted(e.target.value)} onPaste=${bounded(200, setWrong)} autocomplete="off" spellcheck=${false} /></label>
             <button type="submit">Look</button>
-            <button type="button" onClick=${next}>Newest without a label</button>
+            <button type="button" onClick=${() => next(true)}>Newest without a label</button>
+            <label>Labelled by <input value=${name} onInput=${(e) => called(e.target.value)} onPaste=${bounded(200, setWrong)} maxlength="200" placeholder="console" autocomplete="name" /></label>
           </form>
           ${event &&
           html`<article class="event">
             <h3>${event.event_id}</h3>
-            ${event.content != null ? html`<pre tabindex="0" aria-label="The event">${event.content}</pre>` : html`<p class="empty">${event.why}</p>`}
+            ${request && html`<p><b>Asked for</b>: it is ${because(request)}. Its guess is <b>${request.label ?? "nothing"}</b>, by ${request.model_version}.</p>`}
+            <${Content} event=${event} />
             <p>
               ${event.answered
                 ? html`Answered <b>${event.answered.label ?? "nothing"}</b> by ${event.answered.version} at ${clock(event.answered.at)}; it lies at ${event.answered.place}.`
@@ -189,12 +210,11 @@ export function Labelling({ stream, names, closed, tell, locked }) {
               ${event.said.map((one) => html`<br />${one.labeller} said <b>${one.label ?? "nothing (withdrawn)"}</b> at ${clock(one.at)}.`)}
             </p>
             <form class="row" onSubmit=${send}>
-              <label>Its class <input ref=${field} list="classes" autocomplete="off" spellcheck=${false} onPaste=${bounded(10_000, setWrong)} /></label>
-              <datalist id="classes">${names.map((name) => html`<option value=${name}></option>`)}</datalist>
+              <${Choice} key=${event.event_id} field=${field} names=${names} guess=${event.answered?.label ?? null} paste=${bounded(10_000, setWrong)} />
               <button type="submit" class="main">Label it (Enter)</button>
               <button type="button" onClick=${pass}>Skip</button>
             </form>
-            <p class="dim">${closed ? "This stream takes only the classes of its settings." : "A name that is not in the list is a new class."} To correct a label, send another.</p>
+            <p class="dim">Type a class, or take a known one with the arrow keys. ${closed ? "This stream takes only the classes of its settings." : "A name that is not in the list is a new class."} To correct a label, send another.</p>
           </article>`}
           ${!event && queue && !queue.length && !wrong && html`<p class="empty">Every event that was answered lately has a label. Give an event's id to look at it.</p>`}`}
     ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}

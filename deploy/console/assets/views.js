@@ -110,7 +110,7 @@ export function Stream({ name, tab, state, ask, tell, locked, stamp }) {
       document.removeEventListener("visibilitychange", load);
     };
   }, [name, stamp]);
-  const tabs = [["", "Now"], ["versions", "Versions"], ["labels", "Labels"]];
+  const tabs = [["", "Now"], ["versions", "Versions"], ["labels", found?.label_requests ? `Labels (${number(found.label_requests)} asked for)` : "Labels"]];
   return html`<h1>${name}</h1>
     <nav class="tabs" aria-label="Of this stream">
       ${tabs.map(([key, title]) => html`<a href=${path(name, key)} aria-current=${tab === key ? "page" : null}>${title}</a>`)}
@@ -120,7 +120,7 @@ export function Stream({ name, tab, state, ask, tell, locked, stamp }) {
     ${found && tab === "versions" && html`<${Versions} one=${found} ask=${ask} locked=${locked} />`}
     ${found &&
     tab === "labels" &&
-    html`<${Labelling} stream=${name} names=${found.class_names} closed=${found.closed} tell=${tell} locked=${locked} />
+    html`<${Labelling} stream=${name} names=${found.class_names} closed=${found.closed} tell=${tell} locked=${locked} now=${state.at} />
       <${Quarantine} stream=${name} ask=${ask} locked=${locked} stamp=${stamp} />`}`;
 }
 
