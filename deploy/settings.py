@@ -40,6 +40,7 @@ from learner.shadow import ShadowSettings
 from learner.spec import Precision
 from learner.trust import TrustSettings
 from monitoring.drift import DriftSettings
+from monitoring.tracing import TracingSettings
 from replay.policy import ReplaySettings
 from replay.schema import StoreUrl, masked
 from replay.store import StoreSettings
@@ -379,6 +380,7 @@ class Settings(BaseSettings):
     learner: LearnerSettings = LearnerSettings()
     control: ControlSettings = ControlSettings()
     log: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
     streams: dict[StreamKey, AnyStream] = Field(min_length=1, description="every stream by its name on the wire")
 
     @classmethod

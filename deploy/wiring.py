@@ -7,6 +7,7 @@ without.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
@@ -24,8 +25,9 @@ from learner.registry import Registry
 from learner.slot import Slot
 from monitoring import log
 from monitoring.metrics import Metrics
+from monitoring.tracing import Tracing
 from stream.batches import KafkaReader, KafkaWriter, TopicTail
-from stream.errors import Reason
+from stream.errors import Misconfigured, Reason
 from stream.events import Decoder, Place, utc_now
 from stream.kafka import check_broker, check_topics
 from stream.service import Health, Shell
@@ -76,6 +78,35 @@ def open_registry(settings: Settings) -> Registry:
     )
 
 
+def open_tracing(settings: Settings, service: str) -> Tracing | None:
+    """Where spans go; None where nothing is traced.
+
+    Raises:
+        Misconfigured: what it needs is not installed, or cannot be read.
+    """
+    if settings.tracing.endpoint is None:
+        return None
+    try:
+        return Tracing(settings.tracing, service, version("trimtab"))
+    except ImportError as error:
+        raise Misconfigured(
+            f"tracing.endpoint is set, and {error.name} is missing: install trimtab[tracing]"
+        ) from error
+    except OSError as error:
+        raise Misconfigured(f"tracing.token_file {settings.tracing.token_file}: {error.strerror}") from error
+
+
+def _trace_to_the_end(shell: Shell, tracing: Tracing | None) -> None:
+    """Send the last spans when everything else of the process has ended."""
+    if tracing is None:
+        return
+
+    async def end() -> None:
+        await asyncio.get_running_loop().run_in_executor(None, tracing.close)
+
+    shell.draining.append(end)
+
+
 def disks(settings: Settings) -> dict[str, Path]:
     """What a learner writes on this machine, by the name that its disk has in the metrics."""
     from sqlalchemy.engine import make_url
@@ -115,7 +146,7 @@ def run_worker(
     check_broker(settings.kafka)
     check_topics(settings.kafka, settings.topics, settings.named_topics)
     use_threads(settings.worker.threads)
-    stream_rules = rules(settings)
+    stream_rules, tracing = rules(settings), open_tracing(settings, "worker")
     metrics, health = Metrics(), Health("model-versions", "source")
     metrics.open_worker(settings.streams, release=version("trimtab"), reasons=list(Reason))
     http = settings.worker.http if port is None else settings.worker.http.model_copy(update={"port": port})
@@ -136,17 +167,20 @@ def run_worker(
         connection = settings.kafka.confluent()
         reader = KafkaReader(connection, group, settings.event_topics, settings.worker, member)
         unique = member or f"{socket.gethostname()}-{os.getpid()}"
-        writer = KafkaWriter(connection, reader, settings.worker.guarantee, f"{group}-{unique}", metrics)
+        writer = KafkaWriter(connection, reader, settings.worker.guarantee, f"{group}-{unique}", metrics, tracing)
         classifier = Classifier(
             model,
             Decoder(stream_rules, lambda kind, count: metrics.unknown_fields.labels(kind).inc(count)),
             predictions or settings.topics.name("predictions"),
             settings.topics.name("dead_letters"),
             metrics,
+            tracing=tracing,
         )
-        return Parts(reader, writer, classifier, model, TopicTail(connection, settings.topics.name("model_versions")))
+        tail = TopicTail(connection, settings.topics.name("model_versions"))
+        return Parts(reader, writer, classifier, model, tail, tracing)
 
     Worker(shell, connect, settings.worker.queued_batches)
+    _trace_to_the_end(shell, tracing)
     return shell.run()
 
 
@@ -160,6 +194,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     check_broker(settings.kafka)
     check_topics(settings.kafka, settings.topics, settings.named_topics)
     use_threads(settings.learner.threads)
+    tracing = open_tracing(settings, "learner")
     metrics, health = Metrics(), Health("lease", "models", "source", "outbox")
     metrics.open_learner(settings.streams, release=version("trimtab"), reasons=list(Reason))
     metrics.watch_disks(disks(settings))
@@ -171,7 +206,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     lease = Lease(open_store(settings), owner_name(settings), timedelta(seconds=settings.learner.lease_seconds))
 
     def connect(learn: Callable[[Callable[[], Any]], Future[Any]]) -> LearnerParts:
-        return _learner_parts(settings, group, metrics, learn, lease)
+        return _learner_parts(settings, group, metrics, learn, lease, tracing)
 
     learner = LearnerApp(
         shell,
@@ -183,6 +218,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
         lease,
         settings.learner.revision_seconds,
     )
+    _trace_to_the_end(shell, tracing)
     if settings.learner.console.enabled:
         _open_console(settings, shell, lambda: learner.parts if learner.opened else None, learner.learn)
     return shell.run()
@@ -280,13 +316,16 @@ def _learner_parts(
     metrics: Metrics,
     learn: Callable[[Callable[[], Any]], Future[Any]],
     lease: Lease,
+    tracing: Tracing | None,
 ) -> LearnerParts:
     from deploy.messages import originals
     from learner.app import Outbox
     from learner.app import Parts as LearnerParts
     from stream.lookback import Lookback
 
-    learning = build_learning(settings, metrics, learn, Lookback(settings.kafka.confluent()), lease=lease)
+    learning = build_learning(
+        settings, metrics, learn, Lookback(settings.kafka.confluent()), lease=lease, tracing=tracing
+    )
     topics = settings.topics
     reader = KafkaReader(
         settings.kafka.confluent(),
@@ -344,6 +383,7 @@ def build_learning(
     shelf: Callable[[Registry, str], EncoderShelf] | None = None,
     clock: Callable[[], datetime] = utc_now,
     lease: Lease | None = None,
+    tracing: Tracing | None = None,
 ) -> Learning:
     """What a learner is made of, opened and ready for its first batch.
 
@@ -353,6 +393,7 @@ def build_learning(
         shelf: makes the place where encoders lie ready; `EncoderShelf` when not given.
         clock: the time, in UTC.
         lease: under which the store is led already; without, it is opened and claimed at once.
+        tracing: where the work becomes spans; None where nothing is traced.
     """
     from learner.asking import Asker
     from learner.curation import Curator
@@ -397,6 +438,7 @@ def build_learning(
         metrics,
         clock,
         asker,
+        tracing,
     )
     curator = Curator(
         store,
@@ -423,6 +465,7 @@ def build_learning(
         metrics,
         clock,
         settings.learner.device,
+        tracing,
     )
     return Learning(store, registry, epoch, learners, drift, joiner, asker, curator, trainer)
 

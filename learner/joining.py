@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, TypeVar
@@ -27,13 +28,14 @@ from learner.online import OnlineLearner
 from learner.shadow import Event, Trial
 from monitoring.drift import DriftMonitor
 from monitoring.metrics import Metrics
+from monitoring.tracing import Tracing
 from replay.store import Content, LearnerStore, Outgoing, Quarantined, Reconciled, Transaction
 from stream.batches import Batch, Partition
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Label, Place, Prediction, Record
 from stream.join import Change, EventKey, Joined, Kind, join, touched
 from stream.lookback import events_at
-from stream.worker import dead_letter, known_stream
+from stream.worker import dead_letter, known_stream, record_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Joiner:
         metrics: where outcomes are counted.
         clock: the time, in UTC.
         asker: notices which events are worth a label; None where nobody is asked.
+        tracing: where batches, and traced predictions and labels, become spans; None where nothing is traced.
     """
 
     def __init__(
@@ -87,7 +90,9 @@ class Joiner:
         metrics: Metrics,
         clock: Callable[[], datetime],
         asker: Asker | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._asker = asker
         self._store, self._epoch, self._decoder, self._lookback = store, epoch, decoder, lookback
         self._learners, self._drift, self._topics, self._rules = learners, drift, topics, rules
@@ -108,6 +113,18 @@ class Joiner:
             RetryLater: the broker or the database is away; nothing was kept, read the batch again.
             Superseded: another learner owns the store.
         """
+        if self._tracing is None:
+            return self._step(batch)
+        headers, count = (record.headers for record in batch.records), len(batch.records)
+        with self._tracing.batch("join", headers, **{"messaging.batch.message_count": count}):
+            learned = self._step(batch)
+            # Once it is kept: a batch that is read again would have its events twice in their traces.
+            for record in batch.records:
+                name = "learn event" if record.topic == self._topics.labels else "join event"
+                self._tracing.event(name, record.headers, **record_attributes(record))
+            return learned
+
+    def _step(self, batch: Batch) -> Counter[str]:
         now = self._clock()
         predictions, labels, outgoing = self._decode(batch.records, now)
         predictions, labels, refused = self.learnable(predictions, labels)
@@ -125,7 +142,8 @@ class Joiner:
             tx.quarantine(quarantined)
             tx.send(outgoing)
 
-        reconciled = self.apply(joined, now, also)
+        with self._tracing.span("learn", changes=len(joined.changes)) if self._tracing else nullcontext():
+            reconciled = self.apply(joined, now, also)
         self._offsets.update(batch.ends)
         for (stream, outcome), count in refused.items():
             self._metrics.labels.labels(stream, outcome).inc(count)

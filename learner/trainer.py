@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +49,7 @@ from learner.heads import HeadSums, LinearHead, calibrate, dequantise, leave_one
 from learner.online import CALIBRATION_EXAMPLES, InService, OnlineLearner, installed
 from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
+from monitoring.tracing import Tracing
 from replay.snapshot import write_snapshot
 from replay.store import LearnerStore, Transaction
 from stream.errors import RetryLater, TrimtabError
@@ -161,6 +163,7 @@ class Trainer:
         metrics: where progress and outcomes are counted.
         clock: the time, in UTC.
         device: `auto`, `cpu` or `cuda`.
+        tracing: where runs and their parts become spans; None where nothing is traced.
     """
 
     def __init__(
@@ -175,7 +178,9 @@ class Trainer:
         metrics: Metrics,
         clock: Callable[[], datetime],
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self.courses, self._learners = courses, learners
         self._store, self._registry, self._epoch = store, registry, epoch
         self._directory, self._learn, self._metrics, self._clock = directory, learn, metrics, clock
@@ -329,7 +334,13 @@ class Trainer:
         """Carry out, one after another, the fine-tunes asked for; on a thread other than the one that learns."""
         for stream in list(self.courses):
             if not self._stop.is_set() and self._take(stream):
-                self._run(stream)
+                with self._span("fine-tune", stream=stream):
+                    self._run(stream)
+
+    def _span(self, name: str, **about: str) -> AbstractContextManager[None]:
+        if self._tracing is None:
+            return nullcontext()
+        return self._tracing.span(name, **{f"trimtab.{key}": value for key, value in about.items()})
 
     def _take(self, stream: str) -> bool:
         course = self.courses[stream]
@@ -363,6 +374,9 @@ class Trainer:
             self._end_run(course, "failed", f"{type(error).__name__}: {error}")
         finally:
             seconds = time.monotonic() - began
+            if self._tracing is not None:
+                about = {"trimtab.cause": cause, "trimtab.outcome": outcome}
+                self._tracing.note(failed=outcome == "failed", **about)
             for job in (self._directory / stream).glob("run-*"):
                 _sweep(job)
             if course.drop_state:
@@ -397,19 +411,24 @@ class Trainer:
 
     def _fine_tune(self, stream: str, course: Course, cause: Cause, why: str) -> str:
         learner = self._learners[stream]
-        job, digest, offsets = self._learn(lambda: self._prepare(stream, course, cause, why)).result()
-        result = run_finetune(
-            job,
-            lambda progress: self._on_progress(stream, course, progress),
-            lambda: self._unwanted(course),
-        )
-        embeddings = self._embed_rest(stream, course, result)
+        with self._span("prepare"):
+            job, digest, offsets = self._learn(lambda: self._prepare(stream, course, cause, why)).result()
+        with self._span("train"):
+            result = run_finetune(
+                job,
+                lambda progress: self._on_progress(stream, course, progress),
+                lambda: self._unwanted(course),
+            )
+        with self._span("embed"):
+            embeddings = self._embed_rest(stream, course, result)
         # In this order, so that no class that the champion knows is missing from what the candidate is taught.
         serving = learner.serving
         head, sums, taught = self._candidate_head(result, embeddings, learner)
         candidate = Candidate(result, head, sums, taught, embeddings, digest, offsets)
-        verdict = self._examine(learner, serving, candidate, course)
-        outcome: str = self._learn(lambda: self._conclude(stream, course, candidate, verdict, cause)).result()
+        with self._span("examine"):
+            verdict = self._examine(learner, serving, candidate, course)
+        with self._span("conclude"):
+            outcome: str = self._learn(lambda: self._conclude(stream, course, candidate, verdict, cause)).result()
         if outcome == "promoted" and not course.drop_state:
             self._keep_state(stream, result)
         shutil.rmtree(job.directory, ignore_errors=True)

@@ -27,6 +27,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from pydantic import BaseModel, ConfigDict, Field
 
 from monitoring.metrics import Metrics
+from monitoring.tracing import Tracing, timed
 from stream.errors import OffsetGap, RetryLater, Superseded
 from stream.events import Headers, Record
 
@@ -363,6 +364,7 @@ class KafkaWriter:
         guarantee: at least once, or exactly once by transactions.
         transactional_id: this member's own name; needed for exactly once.
         metrics: where the time to produce and to commit is counted.
+        tracing: where both become spans; None where nothing is traced.
     """
 
     def __init__(
@@ -372,7 +374,9 @@ class KafkaWriter:
         guarantee: Guarantee,
         transactional_id: str,
         metrics: Metrics,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._reader = reader
         self._seconds = metrics.stage_seconds
         self._transactions = guarantee == "exactly_once"
@@ -420,10 +424,10 @@ class KafkaWriter:
         if self._transactions:
             self._write_transaction(messages, offsets, batch.member)
         else:
-            with self._seconds.labels("produce").time():
+            with timed(self._seconds, "produce", self._tracing):
                 self._produce(messages)
                 self._flush()
-            with self._seconds.labels("commit").time():
+            with timed(self._seconds, "commit", self._tracing):
                 self._call(lambda: self._reader.consumer.commit(offsets=offsets, asynchronous=False))
         self._committed.update(batch.ends)
 
@@ -446,10 +450,10 @@ class KafkaWriter:
     def _write_transaction(self, messages: Sequence[Outgoing], offsets: list[TopicPartition], member: Any) -> None:
         producer = self._producer
         try:
-            with self._seconds.labels("produce").time():
+            with timed(self._seconds, "produce", self._tracing):
                 producer.begin_transaction()
                 self._produce(messages)
-            with self._seconds.labels("commit").time():
+            with timed(self._seconds, "commit", self._tracing):
                 self._end(
                     lambda: (producer.send_offsets_to_transaction(offsets, member, 30), producer.commit_transaction(30))
                 )

@@ -29,6 +29,7 @@ from functools import partial
 import mode
 
 from monitoring.metrics import Metrics
+from monitoring.tracing import Tracing, replaced, timed
 from stream.batches import Batch, Outgoing, Reader, TopicTail, Writer
 from stream.errors import DeadLetter, Reason, RetryLater, TrimtabError
 from stream.events import Decoder, Event, Headers, Record, dead_letter_headers, encode_prediction
@@ -54,6 +55,7 @@ class Classifier:
         dead_letters: topic that refused messages go to.
         metrics: where the counts go.
         clock: the wall clock in seconds since the epoch.
+        tracing: where stages and traced events become spans; None where nothing is traced.
     """
 
     def __init__(
@@ -64,7 +66,9 @@ class Classifier:
         dead_letters: str,
         metrics: Metrics,
         clock: Callable[[], float] = time.time,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._model, self._decoder, self._metrics, self._clock = model, decoder, metrics, clock
         self._predictions, self._dead_letters = predictions, dead_letters
         self._failed_in_a_row = 0
@@ -166,6 +170,8 @@ class Classifier:
             )
             key = event.event_id.encode()
             outgoing.append(Outgoing(self._predictions, key, value, passed_on(record.headers)))
+        if self._tracing is not None:
+            outgoing = [self._traced(*one) for one in zip(outgoing, members, answers, strict=True)]
         waited = [max(0.0, now - record.timestamp_ms / 1000) for record, _ in members]
         self._metrics.prediction_latency.labels(stream).observe_many(waited)
         ages = [max(0.0, now - event.observed_at.timestamp()) for _, event in members]
@@ -176,6 +182,14 @@ class Classifier:
             self._metrics.answered(stream, revision, count)
         return outgoing
 
+    def _traced(self, message: Outgoing, member: tuple[Record, Event], answer: Answer) -> Outgoing:
+        """The prediction under a span of its event's trace, where the event is traced."""
+        assert self._tracing is not None
+        record, event = member
+        about = {"trimtab.stream": event.stream, "trimtab.version": answer.model_version}
+        made = self._tracing.event("answer event", record.headers, **record_attributes(record), **about)
+        return message if made is None else message._replace(headers=replaced(message.headers, made))
+
     def dead_letter(self, refusal: DeadLetter, record: Record) -> Outgoing:
         """The record with its bytes untouched and the refusal in added headers."""
         self._metrics.dead_letters.labels(known_stream(self._decoder, record), refusal.reason).inc()
@@ -183,7 +197,7 @@ class Classifier:
         return dead_letter(self._dead_letters, refusal, record, datetime.fromtimestamp(self._clock(), UTC))
 
     def _stage(self, name: str) -> AbstractContextManager[object]:
-        return self._metrics.stage_seconds.labels(name).time()
+        return timed(self._metrics.stage_seconds, name, self._tracing)
 
 
 def _check_count(stream: str, answers: Sequence[Answer], events: Sequence[Event]) -> None:
@@ -206,6 +220,16 @@ def passed_on(headers: Headers) -> Headers:
     return tuple(h for h in headers if h[0] in PASSED_ON) if headers else ()
 
 
+def record_attributes(record: Record) -> dict[str, str | int]:
+    """Where a message lies, as spans name it."""
+    return {
+        "messaging.system": "kafka",
+        "messaging.destination.name": record.topic,
+        "messaging.destination.partition.id": str(record.partition),
+        "messaging.kafka.offset": record.offset,
+    }
+
+
 def known_stream(decoder: Decoder, record: Record) -> str:
     """The stream's name where the record names a configured one, else `unknown`: a bounded metric label."""
     value = record.value or b""
@@ -225,6 +249,7 @@ class Parts:
     classifier: Classifier
     model: Model
     tail: TopicTail
+    tracing: Tracing | None = None
 
 
 class Worker:
@@ -369,7 +394,12 @@ class Worker:
         if not parts.reader.current(batch):
             return  # its partitions were given up or rewound since it was read
         self.shell.metrics.batch_events.observe(len(batch.records))
-        parts.writer.write(batch, parts.classifier.answer(batch.records))
+        if parts.tracing is None:
+            parts.writer.write(batch, parts.classifier.answer(batch.records))
+            return
+        headers, count = (record.headers for record in batch.records), len(batch.records)
+        with parts.tracing.batch("answer", headers, **{"messaging.batch.message_count": count}):
+            parts.writer.write(batch, parts.classifier.answer(batch.records))
 
     async def _finish(self) -> None:
         await self._read_ended.wait()

@@ -36,10 +36,10 @@ def test_a_room_imports_only_rooms_to_its_right(room: str) -> None:
 
 
 def test_a_worker_loads_nothing_that_only_learns() -> None:
-    """They take ten seconds and hundreds of megabytes that a worker has no use for."""
+    """They take ten seconds and hundreds of megabytes that a worker has no use for; nor for tracing that is off."""
     code = (
         "import sys, deploy.wiring, stream.worker, learner.slot\n"
-        "print([name for name in ('avalanche', 'datasets', 'pandas') if name in sys.modules])"
+        "print([name for name in ('avalanche', 'datasets', 'opentelemetry', 'pandas') if name in sys.modules])"
     )
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"

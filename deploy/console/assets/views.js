@@ -88,8 +88,8 @@ export function Stream({ name, tab, event, state, ask, tell, locked, stamp }) {
   const [found, setFound] = useState(null);
   const [wrong, setWrong] = useState("");
   useEffect(() => {
+    // What is shown stays until the next answer: a half-typed label, and what was done on this page, must outlive an action.
     let gone = false;
-    setFound(null);
     const load = async () => {
       if (document.hidden) return;
       try {
