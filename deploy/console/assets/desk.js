@@ -167,7 +167,7 @@ export function Labelling({ stream, names, closed, tell, locked, now }) {
       return;
     }
     try {
-      const answer = await act(stream, "label", { event_ids: [event.event_id], label: label.trim(), who: name.trim() || "console" });
+      const answer = await act(stream, "label", { event_ids: [event.event_id], label: label.trim(), who: who() || "console" });
       tell(answer.accepted, answer.message);
       if (!answer.accepted) {
         setWrong(answer.message);
