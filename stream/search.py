@@ -19,6 +19,7 @@ from kafka.partitioner.default import murmur2
 from stream.batches import UNREADABLE, record_of, step_over
 from stream.errors import RetryLater
 from stream.events import Record
+from stream.lookback import UNKNOWN
 
 
 @dataclass
@@ -68,6 +69,8 @@ class Search:
             found = self._consumer.list_topics(topic, timeout=self._seconds).topics[topic]
         except KafkaException as error:
             raise RetryLater(f"topic {topic!r}: {error.args[0].str()}") from error
+        if found.error is not None and found.error.code() not in UNKNOWN:
+            raise RetryLater(f"topic {topic!r}: {found.error.str()}")
         return [] if found.error is not None else sorted(found.partitions)
 
     def look(
