@@ -38,6 +38,8 @@ def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> 
         kafka.produce(made.topics.name("telemetry"), [(b"bad", b"{", ())])
         for number in range(1, 6):
             made.label(label("probe", f"slow-{number}", "slow"), label("probe", f"fast-{number}", "fast"))
+        # Read together, a label and its correction teach only what is right in the end.
+        until(lambda: made.status("probe")["labels_learned"] == 11)
         made.label(label("probe", "slow-1", "fast"), label("probe", "slow-2", None))
         until(lambda: made.status("probe")["labels_learned"] == 10 and made.status("probe")["scored"] == 10)
         until(lambda: len(made.records("dead_letters")) == 1)
