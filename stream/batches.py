@@ -282,7 +282,10 @@ class KafkaReader:
             if high >= 0:
                 # Before its first message a partition is read up to where it was left, and not from its beginning.
                 read = self._next.get(partition, self._begun.get(partition, max(low, 0)))
-                lag[topic] = lag.get(topic, 0) + max(0, high - read)
+                # The end counts the markers of transactions, which are never read: only the client's position passes
+                # them. Until the first message it has none.
+                (at,) = self.consumer.position([TopicPartition(topic, number)])
+                lag[topic] = lag.get(topic, 0) + max(0, high - max(read, at.offset))
         return lag
 
     def holds(self) -> bool:

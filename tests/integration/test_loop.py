@@ -99,7 +99,7 @@ def becomes(deployment: Deployment, stream: str, name: str, first: int, wanted: 
         found, version, _ = answer(deployment, MAKE[stream](name, next(numbers)))
         return found is not None and wanted(found, version)
 
-    until(asked, seconds=120, every=0.2)
+    until(asked, every=0.2)
 
 
 @pytest.mark.parametrize("stream", ["notes", "probe"])
@@ -234,8 +234,8 @@ def test_a_learner_killed_and_restarted_has_learned_every_label_once(deployment:
         learner.kill()
         learner.wait()
         learner = deployment.start("learner")
-        until(lambda: deployment.ready(deployment.learner_port), seconds=90)
-    until(lambda: deployment.status("probe")["scored"] == len(events), seconds=90)
+        until(lambda: deployment.ready(deployment.learner_port))
+    until(lambda: deployment.status("probe")["scored"] == len(events))
     until(lambda: deployment.status("probe")["outbox"] == 0)
     deployment.stop()
 

@@ -29,7 +29,7 @@ def test_a_trace_goes_from_the_event_through_worker_and_learner(kafka: KafkaBrok
         until(lambda: "slow-1" in deployment.answered())
         said = encode(label("probe", "slow-1", "slow"))
         kafka.produce(deployment.topics.name("labels"), [(b"slow-1", said, carried)])
-        until(lambda: len(found.trace(TRACE)) == 3 and bool(found.named("fine-tune")), seconds=90)
+        until(lambda: len(found.trace(TRACE)) == 3 and bool(found.named("fine-tune")))
         # A batch's own span ends after its events', and may come with the next export.
         batches = {link for span in found.trace(TRACE) for link in span.links}
         until(lambda: batches <= {(span.trace, span.id) for span in found.spans})
