@@ -230,7 +230,7 @@ def press(site: Site, offer: Offer, kind: str, calm: float, seconds: float) -> t
     _watch(site, role, before, calm)
     with means(site):
         _watch(site, role, during, seconds)
-    began = time.monotonic()
+        over = time.monotonic()
 
     def drained() -> bool:
         site.look(role, after)
@@ -243,7 +243,7 @@ def press(site: Site, offer: Offer, kind: str, calm: float, seconds: float) -> t
         )
 
     wait_for(drained, DRAIN_SECONDS, f"{kind}: draining", every=0.5)
-    drain = time.monotonic() - began
+    drain = time.monotonic() - over
     looks = during.words.total()
     numbers = [
         ("memory_before", max(before.memory), "MiB"),
