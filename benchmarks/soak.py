@@ -114,14 +114,15 @@ def _start(made: Deployment, command: str, port: int) -> subprocess.Popen[bytes]
     return process
 
 
-def _events(seed: int) -> Iterator[Message]:
+def numbered(seed: int) -> Iterator[Message]:
     """Endless events whose ids end in their number."""
     for number in itertools.count():
         event = weights.window(STREAM, f"e{seed}-{number:09d}", number % POOL)
         yield event.event_id.encode(), encode(event)
 
 
-def _audit(made: Deployment) -> tuple[int, dict[str, Any]]:
+def audited(made: Deployment) -> tuple[int, dict[str, Any]]:
+    """`trimtab audit` of a deployment: its exit code and what it found, `breaches` among it."""
     command = [sys.executable, "-m", "deploy.cli", "audit", "--json", "--config", str(made.settings)]
     asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     found = json.loads(asked.stdout) if asked.stdout.startswith("{") else {"breaches": [asked.stderr[-2000:]]}
@@ -319,7 +320,7 @@ def swaps(made: Deployment, chosen: argparse.Namespace, broken: list[str], say: 
 
     def drive() -> None:
         try:
-            pace.run(_events(0), float("inf"), over)
+            pace.run(numbered(0), float("inf"), over)
         except BenchmarkFailed as error:
             failed.append(error)
 
@@ -407,7 +408,7 @@ def _swap_rows(
 
     twice = sum(count - 1 for count in Counter(one.key for one in ear.heard).values())
     wrong = misanswered(plan, ear.heard)
-    code, audit = _audit(made)
+    code, audit = audited(made)
     numbers = {
         "events": len(pace.due),
         "answered_twice": twice,
@@ -498,7 +499,7 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
 
     def drive() -> None:
         try:
-            pace.run(_events(1), chosen.minutes * 60, over)
+            pace.run(numbered(1), chosen.minutes * 60, over)
         except BenchmarkFailed as error:
             failed.append(error)
 
@@ -531,7 +532,7 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
     wait_for(lambda: Scrape(made.learner_port).total("trimtab_consumer_lag_events") == 0, 300, "learning", every=0.5)
     say(f"steady: {len(pace.due):,} events and {labelled:,} labels in {chosen.minutes:g} minutes")
     made.end()
-    code, audit = _audit(made)
+    code, audit = audited(made)
     if code:
         broken += audit["breaches"] or ["the audit says no"]
     waited = latencies(pace.due, ear.heard)
@@ -556,7 +557,7 @@ def sustained(made: Deployment, rate: float, seconds: float, say: Say) -> float:
     for trial in itertools.count(2):
         pace = Pace(made.kafka.bootstrap, made.topics.name("telemetry"), rate)
         with Ear(made.kafka.bootstrap, made.topics.name("predictions")) as ear:
-            pace.run(_events(trial), seconds)
+            pace.run(numbered(trial), seconds)
             ends = time.monotonic() + max(2.0, seconds / 4)
             while (left := len(pace.due.keys() - {one.key for one in ear.heard})) and time.monotonic() < ends:
                 time.sleep(0.1)
