@@ -218,6 +218,19 @@ requests = _table(
     _time("answered_at", null=True),
     sa.Index("requests_ranked", "stream", "asked_at", "score"),
 )
+asked = _table(
+    "asked",
+    _text("id", key=True),
+    _text("digest"),
+    _text("action"),
+    _text("stream"),
+    _text("state"),
+    _text("who"),
+    _text("reason"),
+    _text("answer", null=True),
+    _time("at"),
+    sa.Index("asked_at", "at"),
+)
 best_recall = _table(
     "best_recall",
     _text("stream", key=True),

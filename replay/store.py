@@ -31,6 +31,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from time import monotonic
@@ -62,6 +63,10 @@ _READ_ONLY = "25006"
 """PostgreSQL's code for a write to a server that only follows another, as after a switch to the wrong one."""
 
 
+REQUESTS_KEPT = timedelta(days=7)
+"""How long what people asked for is known by its id."""
+
+
 class StoreSettings(BaseModel):
     """How long and how much the learner remembers, and when a class gives examples to the exam."""
 
@@ -87,6 +92,10 @@ class StoreSettings(BaseModel):
     exam_one_in: int = Field(default=5, ge=2, description="one event in this many may be given to the exam")
     exam_from: int = Field(default=10, ge=1, description="labels of a class before it gives examples to the exam")
     exam_per_class: int = Field(default=200, ge=1, description="exam examples of a class that are kept for good")
+
+
+_EFFECT: ContextVar[Asked | None] = ContextVar("effect", default=None)
+"""What is being done on this thread because somebody asked for it."""
 
 
 class NotEmbedded(RetryLater):
@@ -343,6 +352,29 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Something that a person asked of the learner, and what became of it.
+
+    Args:
+        id: given by whoever asked, or made.
+        digest: of what was asked, so that another thing under the same id is noticed.
+        state: `accepted` (it waits to be done), `done` or `refused`.
+        answer: what was said of it, as JSON, as it went to the audit topic; None where that is still to be said.
+        at: when it was taken.
+    """
+
+    id: str
+    digest: str
+    action: str
+    stream: str
+    state: str
+    who: str
+    reason: str
+    at: datetime
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Purged:
     """What a purge removed.
 
@@ -355,6 +387,7 @@ class Purged:
         scores: scores past the retention.
         quarantine: labels that waited in quarantine for too long, or were too many.
         requests: requests whose event's label could not be joined any more, and events noticed a day ago.
+        asked: what people asked for, past `REQUESTS_KEPT`.
     """
 
     served: int = 0
@@ -365,6 +398,7 @@ class Purged:
     scores: int = 0
     quarantine: int = 0
     requests: int = 0
+    asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -505,13 +539,41 @@ class LearnerStore:
             found = _epoch(connection, scope)
             if found != epoch:
                 raise Superseded(f"the store is owned under epoch {found}, this learner's is {epoch}")
-            yield Transaction(self, connection, epoch, now)
+            made = Transaction(self, connection, epoch, now)
+            yield made
+            effect = _EFFECT.get()
+            if effect is not None:
+                made.keep_asked(effect)
         self._transactions += 1
         # After 1, 2, 4, 8 ... of them: as often as a table may have doubled since.
         if self._engine.dialect.name == "postgresql" and self._transactions & (self._transactions - 1) == 0:
             # What was asked for is kept by now, so that no failure of this may look like one of that.
             with suppress(RetryLater), self._write() as connection:
                 t.analyze(connection)
+
+    @contextmanager
+    def effect_of(self, asked: Asked) -> Iterator[None]:
+        """Keep `asked` within every transaction of this thread in the block: with its effect, or neither."""
+        token = _EFFECT.set(asked)
+        try:
+            yield
+        finally:
+            _EFFECT.reset(token)
+
+    def asked(self, request_id: str) -> Asked | None:
+        """What was asked under an id within `REQUESTS_KEPT`."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(t.asked).where(t.asked.c.id == request_id)).one_or_none()
+        return None if row is None else _asked(row)
+
+    def last_asked(self, limit: int = 100, *, unsettled: bool = False) -> list[Asked]:
+        """What was asked last, the newest first; `unsettled` is what waits to be done, or to be told of."""
+        c = t.asked.c
+        query = sa.select(t.asked).order_by(c.at.desc(), c.id).limit(limit)
+        if unsettled:
+            query = query.where(sa.or_(c.state == "accepted", c.answer.is_(None)))
+        with self._read() as connection:
+            return [_asked(row) for row in connection.execute(query)]
 
     def offsets(self) -> dict[tuple[str, int], int]:
         """By (topic, partition), the offset of the next message to read."""
@@ -1536,6 +1598,21 @@ class Transaction:
         """Keep one small fact, such as that learning is paused; it replaces what was kept under the name."""
         put(self._connection, t.meta, [{"name": f"note/{name}", "value": value}])
 
+    def keep_asked(self, asked: Asked) -> None:
+        """Keep what was asked, and what has become of it so far."""
+        row = {
+            "id": asked.id,
+            "digest": asked.digest,
+            "action": asked.action,
+            "stream": asked.stream,
+            "state": asked.state,
+            "who": asked.who,
+            "reason": asked.reason,
+            "answer": asked.answer,
+            "at": micros(asked.at),
+        }
+        put(self._connection, t.asked, [row], update=("state", "answer"))
+
     def send(self, messages: Iterable[Outgoing]) -> None:
         """Put messages into the outbox: they leave once this transaction is kept, at least once, in order."""
         rows = [
@@ -1704,7 +1781,10 @@ class Transaction:
                 sa.or_(r.asked_at < min(horizon, yesterday), sa.and_(_state("waiting"), r.noticed_at < yesterday))
             )
         ).rowcount
-        return Purged(served, too_late, payloads, fixed, ledger, scores, aside, requests)
+        asked = self._connection.execute(
+            sa.delete(t.asked).where(t.asked.c.at < micros(self.now - REQUESTS_KEPT))
+        ).rowcount
+        return Purged(served, too_late, payloads, fixed, ledger, scores, aside, requests, asked)
 
     def _purge_quarantine(self, expired: int, bound: int) -> int:
         c = t.quarantine.c
@@ -2031,6 +2111,10 @@ def _served(row: Any) -> Served:
         predicted_at=moment(row.predicted_at),
         too_late=row.too_late,
     )
+
+
+def _asked(row: Any) -> Asked:
+    return Asked(row.id, row.digest, row.action, row.stream, row.state, row.who, row.reason, moment(row.at), row.answer)
 
 
 def _state(state: Literal["waiting", "open", "answered"]) -> sa.ColumnElement[bool]:
