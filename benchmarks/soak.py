@@ -90,7 +90,7 @@ Say = Callable[[str], None]
 def _deployment(broker: KafkaBroker, part: str, chosen: argparse.Namespace) -> Iterator[Deployment]:
     blocks: dict[str, Any] = {"worker": {"guarantee": chosen.guarantee}}
     if part == "steady":
-        # What is kept for a time is full after the first eighth of the run, so that it can be seen to grow no further.
+        # What is kept for a time is due to go after the first eighth of the run; the learner lets go of it every hour.
         held = max(5.0, chosen.minutes * 60 / 8)
         memory = {"horizon": held, "correction_horizon": held, "ledger_retention": held, "quarantine_retention": held}
         blocks["learner"] = {"memory": memory | {"index_size": max(100, int(chosen.rate * held))}}
