@@ -418,7 +418,7 @@ def _first(error: ValidationError) -> str:
 def _awaited(
     method: Callable[Concatenate[Client, P], R],
 ) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, R]]:
-    async def call(self: AsyncClient, *args: P.args, **kwargs: P.kwargs) -> R:
+    async def call(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> R:
         return await asyncio.to_thread(method, self._client, *args, **kwargs)
 
     call.__doc__ = method.__doc__
