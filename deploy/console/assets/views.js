@@ -203,7 +203,9 @@ function Steering({ one, ask, locked }) {
       says: `To the version that served before ${one.version}, with a head that knows what was learned since. Learning goes on. For another version see Versions.`,
       verb: "Roll back",
       danger: true,
-      run: (given) => act(one.stream, "rollback", { seen: one.serving, ...given }),
+      reach: () => read("radius", one.stream, "previous"),
+      // What was shown is what is done, whoever has acted meanwhile.
+      run: (given, reached) => act(one.stream, "rollback", { seen: one.serving, ...(reached ? { version: reached.target } : {}), ...given }),
     });
   return html`<p class="row steering">
     <button class="main" disabled=${locked} onClick=${retrain}>Retrain…</button>
@@ -267,6 +269,7 @@ function Versions({ one, ask, locked }) {
       says: `Its encoder comes back, with a head that knows what was learned since. ${one.serving} leaves service.`,
       verb: `Roll back to ${row.version}`,
       danger: true,
+      reach: () => read("radius", one.stream, row.version),
       run: (given) => act(one.stream, "rollback", { version: row.version, seen: one.serving, ...given }),
     });
   const number_of = (version) => Number(version.slice(1).split(".")[0]);
