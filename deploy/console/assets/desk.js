@@ -42,7 +42,7 @@ function Reach({ found, wrong }) {
             ${found.left_out > 0 && ` ${many(found.left_out, "older message")} of the topic were not read; trimtab rollback ${found.stream} --since ${left[0]} --dry-run counts all.`}</p>
           <div class="scroll" tabindex="0" role="region" aria-label="Predictions by class">
             <table>
-              <thead><tr><th scope="col">Class</th><th scope="col">Predictions</th>${labelled && html`<th scope="col">Labels say right</th><th scope="col">wrong</th>`}</tr></thead>
+              <thead><tr><th scope="col">Class</th><th scope="col">Predictions</th>${labelled && html`<th scope="col">Labelled right</th><th scope="col">Labelled wrong</th>`}</tr></thead>
               <tbody>
                 ${found.classes.map((one) => html`<tr key=${one.class}><th scope="row">${one.class ?? "(no class)"}</th><td>${number(one.predictions)}</td>${labelled && html`<td>${number(one.right)}</td><td>${number(one.wrong)}</td>`}</tr>`)}
               </tbody>
