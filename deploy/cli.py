@@ -609,6 +609,8 @@ def rollback(
     settings = _settings(config)
     _known_stream(settings, stream)
     moment = _moment(since)
+    from getpass import getuser
+
     from deploy.rollback import blast, correct, in_service
     from deploy.wiring import open_store
 
@@ -636,7 +638,13 @@ def rollback(
         done = None
         if reissue:
             done = correct(
-                settings, found.way, rate, store, lambda so_far, total: _tell_progress(so_far.corrected, total)
+                settings,
+                found.way,
+                rate,
+                store,
+                lambda so_far, total: _tell_progress(so_far.corrected, total),
+                who=getuser(),
+                why=reason,
             )
     finally:
         if store is not None:

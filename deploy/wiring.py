@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from deploy.explain import Answering, Explainer
+    from deploy.rollback import Blast
     from learner.app import Parts as LearnerParts
     from learner.asking import Asker
     from learner.curation import Curator
@@ -233,6 +234,7 @@ def _open_console(
     from deploy.console.query import Query
     from deploy.console.site import serve
     from deploy.console.watch import Watcher
+    from deploy.rollback import blast_of_leaving
 
     topics = settings.topics
     followed = {"dead_letters": topics.name("dead_letters"), "audit": topics.name("audit")}
@@ -248,6 +250,11 @@ def _open_console(
         shell.metrics,
     )
     kinds = {name: stream.kind for name, stream in settings.streams.items()}
+
+    def leaving(parts: LearnerParts, stream: str, target: str | None, most: int) -> Blast:
+        serving = parts.learners[stream].serving.name
+        return blast_of_leaving(settings, stream, target, serving, parts.store, most)
+
     query = Query(
         parts,
         watcher,
@@ -258,6 +265,7 @@ def _open_console(
         shell.token is not None,
         shell.metrics,
         lambda parts: _explainer_of(settings, parts, learn),
+        leaving,
     )
     serve(shell, query, watcher)
 

@@ -168,6 +168,8 @@ class ControlAnswer(BaseModel):
     """What became of a request; it goes to the `audit` topic and to whoever asked.
 
     Args:
+        action: the request's, or `reissue` where predictions were corrected.
+        corrected: for reissue: by the version that had made them, how many predictions.
         cleaned: for forget: every place that something was taken from.
         not_reached: for forget: every place that may still hold something, and until when.
     """
@@ -179,6 +181,7 @@ class ControlAnswer(BaseModel):
     message: str
     cleaned: tuple[str, ...] = ()
     not_reached: tuple[str, ...] = ()
+    corrected: dict[str, int] = Field(default_factory=dict)
     who: str = ""
     reason: str = ""
     at: AwareDatetime = Field(default_factory=utc_now)

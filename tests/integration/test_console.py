@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from learner.control import ControlAnswer
-from stream.events import Label, Report, utc_now
+from stream.events import Label, Prediction, Report, utc_now
 from tests.conftest import missing
 from tests.deployment import Deployment, label
 from tests.integration.probe import FREQUENCIES, STREAM, deployed, publish, store_of, window
@@ -395,10 +395,18 @@ def test_a_retrain_makes_a_version_that_is_promoted_and_rolled_back(site: Site) 
             page.get_by_role("checkbox", name="all the same").check()
         site.confirm(page, "Promote v2", "seen by eye")
         until(lambda: deployment.status("probe")["version"] == "v2")
+    publish(deployment, [window("probe", name, 950) for name in FREQUENCIES])
+    until(lambda: len(answered_by(deployment, "v2")) >= len(FREQUENCIES))
     # Two people see v2 in service and want to go back from it.
     other = site.open("#/stream/probe/versions")
     for each in (page, other):
         each.get_by_role("button", name="Roll back to v1…").click()
+        dialog = each.get_by_role("dialog")
+        expect(dialog).to_contain_text("It leaves v2, in service since")
+        expect(dialog).to_contain_text(f"It has made {len(answered_by(deployment, 'v2'))} predictions")
+        rows = dialog.get_by_role("region", name="Predictions by class").get_by_role("row")
+        expect(rows).to_have_count(1 + len({one.label for one in answered_by(deployment, "v2")}))
+        expect(dialog.get_by_role("button", name="Roll back to v1")).to_be_enabled()
     site.confirm(page, "Roll back to v1", "it is worse at night", "first")
     expect(page.get_by_role("status").get_by_text("v1")).to_be_visible()
     assert deployment.status("probe")["version"] == "v1"
@@ -411,6 +419,37 @@ def test_a_retrain_makes_a_version_that_is_promoted_and_rolled_back(site: Site) 
     expect(row).to_contain_text("it is worse at night")
     for each in (page, other):
         each.context.close()
+
+
+def test_a_rollback_is_not_held_up_by_what_cannot_be_counted(site: Site) -> None:
+    """At night the way back must stay open; and only who may act has a topic read for them."""
+    port = site.deployment.learner_port
+    code, _ = ask(port, "GET", "/console/api/radius/probe/previous", b"", {})
+    assert code == 401
+    for target, says in (("v1", "is in service"), ("v1.2", "no version such as"), ("..", "no version such as")):
+        code, answer = ask(port, "GET", f"/console/api/radius/probe/{target}", b"", BEARER)
+        assert (code, says in answer["error"]) == (404, True), answer
+    publish(site.deployment, [window("probe", name, 960) for name in FREQUENCIES])
+    until(lambda: {"fast-960"} <= {one.event_id for one in answered_by(site.deployment, "v1")}, seconds=60)
+    page = site.open("#/stream/probe")
+    page.route("**/console/api/radius/**", lambda route: route.abort())
+    page.get_by_role("button", name="Roll back…").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("alert")).to_contain_text("was not counted: the learner does not answer")
+    expect(dialog.get_by_role("button", name="Roll back", exact=True)).to_be_enabled()
+    page.unroute("**/console/api/radius/**")
+    page.keyboard.press("Escape")
+    held: list[Route] = []
+    page.route("**/console/api/radius/**", lambda route: held.append(route))
+    page.get_by_role("button", name="Roll back…").click()
+    expect(dialog).to_contain_text("Counting what was answered since")
+    expect(dialog.get_by_role("button", name="Roll back", exact=True)).to_be_disabled()
+    dialog.get_by_label("Why").press("Enter")
+    expect(dialog).to_be_visible()
+    held[0].continue_()
+    expect(dialog).to_contain_text("back to v2")
+    expect(dialog.get_by_role("button", name="Roll back", exact=True)).to_be_enabled()
+    page.context.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -435,6 +474,13 @@ def test_no_page_keeps_anyone_out(site: Site, scheme: str, tmp_path: Path) -> No
                 if route in ("#/", "#/stream/probe"):
                     name = f"console-{'stream' if route != '#/' else 'overview'}-{scheme}.png"
                     page.screenshot(path=images / name, full_page=route == "#/")
+        page.goto(f"{site.address}/console/#/stream/probe")
+        page.get_by_role("button", name="Roll back…").click()
+        expect(page.get_by_role("dialog").get_by_role("region", name="Predictions by class")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        found = [one["id"] for one in axe.run(page).response["violations"] if one["impact"] in ("serious", "critical")]
+        assert not found, ("dialog", found)
+        page.screenshot(path=tmp_path / f"rollback-{width}-{scheme}.png")
         page.context.close()
 
 
@@ -506,6 +552,12 @@ def learned(deployment: Deployment, stream: str = "probe") -> dict[str, str]:
     """By event, the label that is learned."""
     with store_of(deployment) as store:
         return {row.event_id: row.label for row in store.examples(stream)}
+
+
+def answered_by(deployment: Deployment, version: str) -> list[Prediction]:
+    """What a version answered of the probe."""
+    found = (one for one in deployment.predictions() if one.stream == "probe")
+    return [one for one in found if one.model_version.startswith(f"{version}.")]
 
 
 def deployment_paused(site: Site) -> bool:
