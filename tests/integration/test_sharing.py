@@ -81,7 +81,7 @@ def group(kafka: KafkaBroker, postgres: PostgresServer, tmp_path_factory: pytest
         "store": postgres.database(),
         "sharing": True,
         "lease_seconds": 5,
-        "batches": {"session_seconds": 6, "max_pause_seconds": 6},
+        "batches": {"session_seconds": 6},
     }
     made = Deployment(
         kafka,
