@@ -6,7 +6,8 @@
     control topic, HTTP  ──▶ Gate ──▶ act ────────────────┘ (one thread owns all that learns)
     Trainer (thread) ──▶ fine-tune process ──▶ exam ──▶ act
 
-It does nothing of this before it leads (`replay.lease`): until then it stands by.
+It does nothing of this before it leads (`replay.lease`): until then it stands by, or joins its share of the
+partitions (`learner.sharing`).
 
 Everything that changes what is learned runs on one thread, in whole steps. What follows from a step leaves
 through the outbox, which is part of the step's transaction.
@@ -19,7 +20,7 @@ import json
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -37,13 +38,14 @@ from learner.joining import Joiner
 from learner.online import OnlineLearner
 from learner.registry import BrokenVersion, Registry
 from learner.shadow import Duel
+from learner.sharing import Follower
 from learner.trainer import Trainer
 from learner.unlearning import Erasure, forget
 from monitoring.drift import DriftMonitor, Kind
 from monitoring.metrics import QUARANTINE_REASONS, Metrics
 from replay.lease import Lease
 from replay.store import REQUESTS_KEPT, Asked, Held, LearnerStore, Outgoing, Run
-from stream.batches import Reader
+from stream.batches import Batch, Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
 from stream.events import Record, encode
 from stream.service import MOST_BODY, Shell
@@ -235,6 +237,7 @@ class LearnerApp:
         clock: the time, in UTC.
         lease: by which this learner comes to lead, and goes on leading.
         revision_seconds: shortest time between two revisions of a stream.
+        follower: joins this learner's share of the partitions until it leads; None where it only stands by.
     """
 
     def __init__(
@@ -247,7 +250,9 @@ class LearnerApp:
         clock: Callable[[], datetime],
         lease: Lease,
         revision_seconds: float = 0.5,
+        follower: Follower | None = None,
     ) -> None:
+        self._follower = follower
         self._revision_seconds, self._lease = revision_seconds, lease
         self.shell, self._connect, self._audit, self._gate, self._clock = shell, connect, audit, gate, clock
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
@@ -346,8 +351,15 @@ class LearnerApp:
             if why != said:
                 logger.info("standing by: %s", why)
             said = why
-            health.waiting("lease", f"standing by: {why}")
-            await asyncio.sleep(self._lease.pause)
+            health.waiting("lease", f"{'standing by' if self._follower is None else 'following'}: {why}")
+            if self._follower is None:
+                await asyncio.sleep(self._lease.pause)
+            else:
+                follow = self._follower.follow
+                await loop.run_in_executor(self._reading, follow, self._lease.pause, self._ending.is_set)
+        if self._follower is not None:
+            # It reads on as the leader, once its models are there.
+            await loop.run_in_executor(self._reading, self._follower.close)
         health.ready("lease")
         self._lease.keep(self.shell.fail, self._note_database)
         # Models are loaded while the control topic's group comes together, which takes seconds as well.
@@ -380,10 +392,8 @@ class LearnerApp:
                 try:
                     batch = await loop.run_in_executor(self._reading, self.parts.reader.read, 0.1)
                     if batch is not None and self.parts.reader.current(batch):
-                        learned = await loop.run_in_executor(self._learning, self.parts.joiner.step, batch)
-                        for stream, count in learned.items():
-                            self.parts.trainer.learned(stream, count)
-                        await loop.run_in_executor(self._learning, self.parts.curator.learned, learned)
+                        await loop.run_in_executor(self._learning, self._learn_from, self.parts.joiner.step, batch)
+                    await loop.run_in_executor(self._learning, self._learn_from, self.parts.joiner.take_in)
                     await self._announce()
                     self.shell.health.ready("source")
                 except RetryLater as error:
@@ -393,6 +403,13 @@ class LearnerApp:
                     await asyncio.sleep(RETRY_SECONDS)
         finally:
             self._joining_ended.set()
+
+    def _learn_from(self, step: Callable[..., Counter[str]], *batch: Batch) -> None:
+        learned = step(*batch)
+        for stream, count in learned.items():
+            self.parts.trainer.learned(stream, count)
+        if batch or learned:
+            self.parts.curator.learned(learned)
 
     async def _announce(self) -> None:
         if time.monotonic() - self._announced_at < self._revision_seconds:
@@ -954,6 +971,8 @@ class LearnerApp:
         loop = asyncio.get_running_loop()
         connecting: Future[Parts] | None = self._connecting
         if self._parts is None and (connecting is None or connecting.cancel()):
+            if self._follower is not None:
+                await loop.run_in_executor(self._reading, self._follower.close)
             await loop.run_in_executor(None, self._lease.leave)
             return
         if self._parts is None and connecting is not None:

@@ -308,6 +308,17 @@ outbox = _table(
     sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.JSON, nullable=False),
 )
+inbox = _table(
+    "inbox",
+    _serial("id"),
+    _text("topic"),
+    _int("partition"),
+    _int("offset"),
+    sa.Column("key", sa.LargeBinary),
+    sa.Column("value", sa.LargeBinary),
+    sa.Column("headers", sa.JSON, nullable=False),
+    _int("timestamp_ms"),
+)
 quarantine = _table(
     "quarantine",
     _serial("id"),

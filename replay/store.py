@@ -47,7 +47,7 @@ from replay import traces
 from replay.policy import Candidate, ReplaySettings, eligible, priority, select
 from replay.schema import micros, moment, put
 from stream.errors import Misconfigured, RetryLater, Superseded
-from stream.events import Headers, Label, Place
+from stream.events import Headers, Label, Place, Record
 from stream.join import Change, EventKey, Joined, Kind, Known, Labelled, Lesson, Score, Served
 
 Payload = str | npt.NDArray[np.float32]
@@ -212,6 +212,14 @@ class Outgoing:
     value: bytes | None
     headers: Headers = ()
     id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message that lies in the inbox under `id`."""
+
+    id: int
+    record: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +477,12 @@ class LearnerStore:
             put(connection, t.owners, [{**row, "epoch": epoch, "beat_at": None, "lease": None}])
             return epoch
 
+    def claim_partitions(
+        self, owner: str, partitions: Iterable[tuple[str, int]], now: datetime
+    ) -> dict[tuple[str, int], int]:
+        """Take (topic, partition)s over, each under a higher epoch of its own; see `share` and `Transaction.hold`."""
+        return {where: self.claim(owner, now, _scope(where)) for where in sorted(partitions)}
+
     def owner(self, scope: str = "learner") -> tuple[str, int] | None:
         """Who claimed the store last, and its epoch."""
         with self._read() as connection:
@@ -574,6 +588,52 @@ class LearnerStore:
             query = query.where(sa.or_(c.state == "accepted", c.answer.is_(None)))
         with self._read() as connection:
             return [_asked(row) for row in connection.execute(query)]
+
+    @contextmanager
+    def share(self, claims: Mapping[tuple[str, int], int], now: datetime) -> Iterator[Transaction]:
+        """One transaction of a learner that does not lead, under the epochs of the partitions that it joins.
+
+        It takes turns with the leader's transactions: what is read of the store within it is what the leader left.
+        Nothing of what only the leader decides may be written in it.
+
+        Raises:
+            Superseded: another learner has one of the partitions now.
+            RetryLater: nobody has ever led, or the database is away or locked; nothing was kept.
+        """
+        with self._write() as connection:
+            epoch = _epoch(connection, "learner")
+            if epoch is None:
+                raise RetryLater("no learner has led yet")
+            tx = Transaction(self, connection, epoch, now)
+            tx.hold(claims)
+            yield tx
+
+    def inbox(self, limit: int = 1_000) -> list[Received]:
+        """What learners that do not lead have read and left to the leader, in the order in which they left it."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(t.inbox).order_by(t.inbox.c.id).limit(limit))
+            return [
+                Received(
+                    row.id,
+                    Record(
+                        topic=row.topic,
+                        partition=row.partition,
+                        offset=row.offset,
+                        key=row.key,
+                        value=row.value,
+                        headers=tuple((name, bytes.fromhex(value)) for name, value in row.headers),
+                        timestamp_ms=row.timestamp_ms,
+                    ),
+                )
+                for row in rows
+            ]
+
+    def inbox_span(self) -> int:
+        """How many messages lie in the inbox, at most: ids that were given out in vain count as well."""
+        c = t.inbox.c.id
+        with self._read() as connection:
+            low, high = connection.execute(sa.select(sa.func.min(c), sa.func.max(c))).one()
+            return 0 if low is None else int(high - low + 1)
 
     def offsets(self) -> dict[tuple[str, int], int]:
         """By (topic, partition), the offset of the next message to read."""
@@ -1188,6 +1248,43 @@ class Transaction:
                 for (topic, partition), (_, after) in moves.items()
             ],
         )
+
+    def hold(self, claims: Mapping[tuple[str, int], int]) -> None:
+        """Keep (topic, partition)s until the transaction ends.
+
+        Raises:
+            Superseded: another learner has claimed one of them since.
+        """
+        for where, epoch in sorted(claims.items()):
+            found = _epoch(self._connection, _scope(where))
+            if found != epoch:
+                raise Superseded(f"{where[0]}/{where[1]} is owned under epoch {found}, this learner's is {epoch}")
+
+    def leave_to_leader(self, records: Iterable[Record]) -> None:
+        """Put messages into the inbox, for the leader to join."""
+        rows = [
+            {
+                "topic": record.topic,
+                "partition": record.partition,
+                "offset": record.offset,
+                "key": record.key,
+                "value": record.value,
+                "headers": [[name, (value or b"").hex()] for name, value in record.headers],
+                "timestamp_ms": record.timestamp_ms,
+            }
+            for record in records
+        ]
+        if rows:
+            self._connection.execute(sa.insert(t.inbox), rows)
+
+    def clear_inbox(self, ids: Iterable[int]) -> None:
+        """Forget messages of the inbox: they are joined in this transaction."""
+        for chunk in _chunks(sorted(ids)):
+            self._connection.execute(sa.delete(t.inbox).where(t.inbox.c.id.in_(chunk)))
+
+    def served_among(self, keys: Iterable[EventKey]) -> set[EventKey]:
+        """Those of the events whose prediction is in the join index as this transaction sees it."""
+        return {(row.stream, row.event_id) for row in _rows(self._connection, t.served, keys, ())}
 
     def record(self, joined: Joined) -> None:
         """Keep what was joined: served rows, label rows, scores, and the class names that are new."""
@@ -2054,6 +2151,10 @@ def _without_event(change: Change) -> Change:
         raise ValueError("nothing is learned of the event, or nothing should be")
     kept = Lesson(desired.label, learned.ref, learned.observed_at, desired.labelled_at)
     return Change(change.stream, change.event_id, kept, learned)
+
+
+def _scope(where: tuple[str, int]) -> str:
+    return f"{where[0]}/{where[1]}"
 
 
 def _epoch(connection: sa.Connection, scope: str) -> int | None:
