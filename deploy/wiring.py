@@ -558,6 +558,7 @@ def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
         random_features=stream.random_features,
         guard=stream.guard,
         shadow=stream.shadow,
+        recency=stream.recency,
         budget=stream.exam.budget,
         labels=frozenset(stream.labels),
         max_classes=stream.new_classes.total,
