@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -105,12 +106,42 @@ def test_oversized_ones_are_parked_by_reference() -> None:
     assert reasons == {"malformed_json": 2, "too_large": 2}
 
 
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    made = Loop(tmp_path_factory.mktemp("loop"))
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    server = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+    made = Loop(tmp_path_factory.mktemp("loop"), url=None if server is None else server.database())
     made.teach("calm1", "storm1")
     yield made
     made.close()
+
+
+def decodes(loop: Loop, record: Record) -> bool:
+    try:
+        (loop.decoder.label if record.topic == "labels" else loop.decoder.prediction)(record)
+    except DeadLetter:
+        return False
+    return True
+
+
+def test_broken_predictions_and_labels_together_are_each_kept_or_parked(loop: Loop) -> None:
+    """Whoever may write to the topics names places, versions and classes; the learner asks Kafka and its database."""
+    at = loop.store.offsets()
+    before = len(loop.store.outbox(10**6))
+    records = []
+    for topic, seed in (("predictions", 5), ("labels", 6)):
+        for number, (key, value, headers) in enumerate(messages(topic[:-1], COUNT // 8, seed)):
+            told = re.sub(rb'"(notes|probe)"', b'"pump"', value or b"")
+            # Of its own event each, so that what comes first is not all that is kept.
+            told = re.sub(rb'"([rw])-1"', rb'"\1-%d"' % number, told)
+            records.append(Record(topic, 0, at[topic, 0] + number, key, told, headers))
+    parked = sum(not decodes(loop, one) for one in records)
+    for first in range(0, len(records), BATCH // 10):
+        batch = records[first : first + BATCH // 10]
+        loop.joiner.step(Batch(batch, {}, {(batch[-1].topic, 0): batch[-1].offset + 1}, 1))
+    assert loop.store.offsets() == {where: offset + COUNT // 8 for where, offset in at.items()}
+    assert len(loop.store.outbox(10**6)) - before == parked
+    assert COUNT / 40 < parked < len(records) - COUNT / 40
+    # All of what is asked of the places must be names that Kafka can have.
 
 
 def test_broken_labels_are_each_learned_or_parked(loop: Loop) -> None:
