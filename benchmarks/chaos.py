@@ -36,13 +36,28 @@ def chosen(kinds: Sequence[str], count: int, seed: int) -> list[str]:
 
 
 def run(
-    directory: Path, guarantee: Guarantee, faults: int, seed: int, faketime: Path | None, console: Console
+    directory: Path,
+    guarantee: Guarantee,
+    faults: int,
+    seed: int,
+    console: Console,
+    *,
+    faketime: Path | None = None,
+    nodes: int = 1,
+    kinds: Sequence[str] = (),
 ) -> tuple[list[Row], bool]:
-    """One run under one guarantee: its rows, and whether every promise was kept."""
+    """One run under one guarantee: its rows, and whether every promise was kept.
+
+    Args:
+        nodes: of Kafka, 1 or 3.
+        kinds: of faults; none for all that can be made.
+    """
     began = time.monotonic()
-    with Field(directory, guarantee, faketime=faketime, rate=8, late_seconds=90, seed=seed) as field:
+    with Field(directory, guarantee, faketime=faketime, rate=8, late_seconds=90, seed=seed, nodes=nodes) as field:
         chaos = Chaos(field, seed)
-        chaos.break_things(chosen(chaos.kinds(), faults, seed), lambda line: console.print(f"{guarantee}: {line}"))
+        chaos.break_things(
+            chosen(kinds or chaos.kinds(), faults, seed), lambda line: console.print(f"{guarantee}: {line}")
+        )
         field.drain(600)
         field.settle()
         field.stop_processes()
@@ -61,8 +76,10 @@ def _kept(guarantee: Guarantee, verdict: Verdict) -> bool:
 
 def _tell(guarantee: Guarantee, chaos: Chaos, verdict: Verdict, console: Console) -> None:
     for kind, means in MEANS.items():
-        made = f"{chaos.made[kind]} times" if chaos.made[kind] else "not done"
-        console.print(f"{guarantee}: {kind}, {made}: {means}")
+        if chaos.made[kind]:
+            console.print(f"{guarantee}: {kind}, {chaos.made[kind]} times: {means}")
+    undone = [kind for kind in MEANS if not chaos.made[kind]]
+    console.print(f"{guarantee}: not done: {', '.join(undone) or 'none'}")
     for note in [*verdict.notes, *verdict.audit["breaches"]]:
         console.print(f"{guarantee}: BROKEN: {note}")
 
@@ -92,8 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1, help="decides what is sent and what is broken (default 1)")
     parser.add_argument("--mode", choices=MODES, action="append", help="one guarantee; both when not given")
     parser.add_argument("--faketime", type=Path, metavar="FILE", help="libfaketime.so.1, where it lies elsewhere")
+    parser.add_argument("--nodes", type=int, choices=(1, 3), default=1, help="nodes of Kafka (default 1)")
+    parser.add_argument("--only", choices=MEANS, action="append", help="one kind of fault; may be given again")
     parser.add_argument("--keep", type=Path, metavar="DIRECTORY", help="keep logs, database and registry there")
     given = parser.parse_args(arguments)
+    if "leader_killed" in (given.only or ()) and given.nodes == 1:
+        parser.error("leader_killed needs --nodes 3")
     faults = given.faults or (20 if given.quick else 200)
     console = Console(stderr=True)
     rows: list[Row] = []
@@ -101,7 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         for guarantee in given.mode or MODES:
             directory = (given.keep or Path(scratch)) / guarantee
-            made, whole = run(directory, guarantee, faults, given.seed, library_of_faketime(given.faketime), console)
+            made, whole = run(
+                directory,
+                guarantee,
+                faults,
+                given.seed,
+                console,
+                faketime=library_of_faketime(given.faketime),
+                nodes=given.nodes,
+                kinds=given.only or (),
+            )
             rows += made
             kept = kept and whole
     publish(Result(benchmark="chaos", machine=machine(), versions=versions(PACKAGES), rows=rows), given.json, Console())

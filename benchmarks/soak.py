@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 from confluent_kafka import Producer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from benchmarks import weights
 from benchmarks.kafka import QUIET, REPOSITORY, BenchmarkFailed, running_broker
@@ -89,7 +90,7 @@ Say = Callable[[str], None]
 def _deployment(broker: KafkaBroker, part: str, chosen: argparse.Namespace) -> Iterator[Deployment]:
     blocks: dict[str, Any] = {"worker": {"guarantee": chosen.guarantee}}
     if part == "steady":
-        # What is kept for a time is full after the first eighth of the run, so that it can be seen to grow no further.
+        # What is kept for a time is due to go after the first eighth of the run; the learner lets go of it every hour.
         held = max(5.0, chosen.minutes * 60 / 8)
         memory = {"horizon": held, "correction_horizon": held, "ledger_retention": held, "quarantine_retention": held}
         blocks["learner"] = {"memory": memory | {"index_size": max(100, int(chosen.rate * held))}}
@@ -113,14 +114,15 @@ def _start(made: Deployment, command: str, port: int) -> subprocess.Popen[bytes]
     return process
 
 
-def _events(seed: int) -> Iterator[Message]:
+def numbered(seed: int) -> Iterator[Message]:
     """Endless events whose ids end in their number."""
     for number in itertools.count():
         event = weights.window(STREAM, f"e{seed}-{number:09d}", number % POOL)
         yield event.event_id.encode(), encode(event)
 
 
-def _audit(made: Deployment) -> tuple[int, dict[str, Any]]:
+def audited(made: Deployment) -> tuple[int, dict[str, Any]]:
+    """`trimtab audit` of a deployment: its exit code and what it found, `breaches` among it."""
     command = [sys.executable, "-m", "deploy.cli", "audit", "--json", "--config", str(made.settings)]
     asked = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=900)
     found = json.loads(asked.stdout) if asked.stdout.startswith("{") else {"breaches": [asked.stderr[-2000:]]}
@@ -168,15 +170,23 @@ class Watch:
             if indexed := scrape.total("trimtab_join_index_predictions"):  # a worker has none
                 self.samples["index"].append((now, indexed))
 
-    def growth(self, what: str) -> tuple[float, float, float]:
-        """Medians of the second and of the last quarter of the time, and the slope an hour since the first quarter."""
+    def last(self, what: str) -> float:
+        """What was seen last; 0 before anything was."""
+        return self.samples[what][-1][1] if self.samples.get(what) else 0.0
+
+    def growth(self, what: str) -> tuple[float, float, float, float]:
+        """Medians of the second and of the last quarter of the time; the slope an hour since the first quarter.
+
+        The last number is the slope's standard error, as of looks that know nothing of each other.
+        """
         found = np.array(self.samples[what])
         if len(found) < 8:
             raise BenchmarkFailed(f"{len(found)} looks at {what} are too few; let it run longer")
         quarter = len(found) // 4
         settled = found[quarter:]
-        slope = float(np.polyfit(settled[:, 0], settled[:, 1], 1)[0]) * 3600
-        return float(np.median(found[quarter : 2 * quarter, 1])), float(np.median(found[-quarter:, 1])), slope
+        (slope, _), covariance = np.polyfit(settled[:, 0] / 3600, settled[:, 1], 1, cov=True)
+        early, late = np.median(found[quarter : 2 * quarter, 1]), np.median(found[-quarter:, 1])
+        return float(early), float(late), float(slope), float(np.sqrt(covariance[0, 0]))
 
 
 UNITS = {"resident_memory": "MiB", "file_handles": "handles", "threads": "threads", "lag": "events", "index": "rows"}
@@ -185,10 +195,11 @@ UNITS = {"resident_memory": "MiB", "file_handles": "handles", "threads": "thread
 def _growth_rows(watch: Watch, name: str, mode: str) -> list[Row]:
     rows = []
     for what in watch.samples:
-        early, late, slope = watch.growth(what)
+        early, late, slope, error = watch.growth(what)
         rows.append(_row(name, mode, f"{what}_early", early, UNITS[what]))
         rows.append(_row(name, mode, f"{what}_late", late, UNITS[what]))
         rows.append(_row(name, mode, f"{what}_slope", slope, f"{UNITS[what]}/h"))
+        rows.append(_row(name, mode, f"{what}_slope_error", error, f"{UNITS[what]}/h"))
     return rows
 
 
@@ -309,7 +320,7 @@ def swaps(made: Deployment, chosen: argparse.Namespace, broken: list[str], say: 
 
     def drive() -> None:
         try:
-            pace.run(_events(0), float("inf"), over)
+            pace.run(numbered(0), float("inf"), over)
         except BenchmarkFailed as error:
             failed.append(error)
 
@@ -397,7 +408,7 @@ def _swap_rows(
 
     twice = sum(count - 1 for count in Counter(one.key for one in ear.heard).values())
     wrong = misanswered(plan, ear.heard)
-    code, audit = _audit(made)
+    code, audit = audited(made)
     numbers = {
         "events": len(pace.due),
         "answered_twice": twice,
@@ -463,7 +474,8 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
     chance = np.random.default_rng(0)
     names = list(weights.CLASSES)
     bootstrap = made.kafka.bootstrap
-    pace = Pace(bootstrap, made.topics.name("telemetry"), chosen.rate)
+    rate = sustained(made, chosen.rate, min(20.0, chosen.minutes * 6), say)
+    pace = Pace(bootstrap, made.topics.name("telemetry"), rate)
     labelled = 0
     over, failed = threading.Event(), []
 
@@ -487,7 +499,7 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
 
     def drive() -> None:
         try:
-            pace.run(_events(1), chosen.minutes * 60, over)
+            pace.run(numbered(1), chosen.minutes * 60, over)
         except BenchmarkFailed as error:
             failed.append(error)
 
@@ -496,11 +508,22 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
         Ear(bootstrap, made.topics.name("predictions")) as ear,
         Watch(worker.pid, made.worker_port, every) as of_worker,
         Watch(learner.pid, made.learner_port, every) as of_learner,
+        Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        ) as bar,
     ):
+        task = bar.add_task("steady", total=chosen.minutes * 60)
         threads = [threading.Thread(target=part, name="driver", daemon=True) for part in (drive, labels)]
         for thread in threads:
             thread.start()
-        threads[0].join(chosen.minutes * 60 + 120)
+        until = time.monotonic() + chosen.minutes * 60 + 120
+        while threads[0].is_alive() and time.monotonic() < until:
+            threads[0].join(1)
+            seen = ", ".join(
+                f"{name} {watch.last('resident_memory'):.0f} MiB, lag {watch.last('lag'):.0f}"
+                for name, watch in (("worker", of_worker), ("learner", of_learner))
+            )
+            bar.update(task, advance=1, description=f"{rate:g} events/s; {seen}")
         wait_for(lambda: len({one.key for one in ear.heard}) >= len(pace.due), 300, "answering", every=0.5)
         over.set()
         threads[1].join(60)
@@ -509,11 +532,12 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
     wait_for(lambda: Scrape(made.learner_port).total("trimtab_consumer_lag_events") == 0, 300, "learning", every=0.5)
     say(f"steady: {len(pace.due):,} events and {labelled:,} labels in {chosen.minutes:g} minutes")
     made.end()
-    code, audit = _audit(made)
+    code, audit = audited(made)
     if code:
         broken += audit["breaches"] or ["the audit says no"]
     waited = latencies(pace.due, ear.heard)
     rows = [
+        _row("steady", "all", "offered_rate", rate, "events/s"),
         _row("steady", "all", "events", len(pace.due), "events"),
         _row("steady", "all", "labels", labelled, "labels"),
         _row("steady", "all", "p99", float(np.quantile(waited, 0.99)) * 1000, "ms"),
@@ -522,6 +546,33 @@ def steady(made: Deployment, chosen: argparse.Namespace, broken: list[str], say:
     for name, watch in (("worker", of_worker), ("learner", of_learner)):
         rows += _growth_rows(watch, "steady", name)
     return rows
+
+
+def sustained(made: Deployment, rate: float, seconds: float, say: Say) -> float:
+    """The rate, halved until a trial of so many seconds is answered within a quarter of that after its end.
+
+    Raises:
+        BenchmarkFailed: not even one event a second is.
+    """
+    for trial in itertools.count(2):
+        pace = Pace(made.kafka.bootstrap, made.topics.name("telemetry"), rate)
+        with Ear(made.kafka.bootstrap, made.topics.name("predictions")) as ear:
+            pace.run(numbered(trial), seconds)
+            ends = time.monotonic() + max(2.0, seconds / 4)
+            while (left := len(pace.due.keys() - {one.key for one in ear.heard})) and time.monotonic() < ends:
+                time.sleep(0.1)
+            if not left:
+                return rate
+            say(f"steady: {left:,} of {len(pace.due):,} events wait after {seconds:g} s at {rate:g} a second; halved")
+            # What is left over would be counted against the next trial.
+            while pace.due.keys() - {one.key for one in ear.heard}:
+                if time.monotonic() > ends + 300:
+                    raise BenchmarkFailed(f"a trial at {rate:g} events a second was not answered in 300 s")
+                time.sleep(0.5)
+        rate /= 2
+        if rate < 1:
+            raise BenchmarkFailed("the worker does not keep up with one event a second")
+    raise AssertionError("unreachable")
 
 
 def _row(name: str, mode: str, metric: str, value: float, unit: str) -> Row:

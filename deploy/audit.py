@@ -239,10 +239,11 @@ def _judge_labels(
     """Join every label again with what the database knows: nothing may change."""
     topic, offsets = settings.topics.name("labels"), store.offsets()
     aside = {row.place for row in store.quarantined(limit=1_000_000)} | parked
+    left_to_leader = {one.record.place for one in store.inbox(limit=1_000_000)}
     horizon = settings.learner.memory.horizon
     aliases = {name: store.aliases(name) for name in settings.streams}
     combine = {name: stream.labellers for name, stream in settings.streams.items()}
-    all_joined = _joined_all(settings, store)
+    all_joined = _joined_all(settings, store) and not left_to_leader
     lost: list[str] = []
     chunk: list[tuple[Label, Place, bool]] = []
 
@@ -278,7 +279,7 @@ def _judge_labels(
         audit.labels += 1
         if record.place in aside:
             audit.labels_aside += 1
-        elif record.offset >= offsets.get((topic, record.partition), 0):
+        elif record.place in left_to_leader or record.offset >= offsets.get((topic, record.partition), 0):
             audit.labels_waiting += 1
         else:
             try:

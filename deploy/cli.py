@@ -609,6 +609,8 @@ def rollback(
     settings = _settings(config)
     _known_stream(settings, stream)
     moment = _moment(since)
+    from getpass import getuser
+
     from deploy.rollback import blast, correct, in_service
     from deploy.wiring import open_store
 
@@ -636,7 +638,13 @@ def rollback(
         done = None
         if reissue:
             done = correct(
-                settings, found.way, rate, store, lambda so_far, total: _tell_progress(so_far.corrected, total)
+                settings,
+                found.way,
+                rate,
+                store,
+                lambda so_far, total: _tell_progress(so_far.corrected, total),
+                who=getuser(),
+                why=reason,
             )
     finally:
         if store is not None:
@@ -1008,6 +1016,30 @@ def label_requests(
     typer.echo(
         f"\nOpen: {page['open']}; answered: {page['answered']}; {page['left']} of {page['per_day']} left for 24 hours"
     )
+
+
+@app.command("asked", rich_help_panel="Learning")
+def asked(
+    request_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The request's id.")] = None,
+    config: ConfigOption = None,
+    format: Format = "text",  # noqa: A002
+    url: UrlOption = None,
+) -> None:
+    """What was asked of the learner, by the topic, HTTP or here, and what became of it."""
+    import urllib.parse
+
+    path = "requests" if request_id is None else f"requests/{urllib.parse.quote(request_id, safe='')}"
+    base, status, content = _call(_settings(config), url, "", "", None, path=path)
+    if status != 200:
+        _end(f"the learner at {base} answered {status}: {_refusal(content)}", 1)
+    found = json.loads(content)
+    rows = found if request_id is None else [found]
+    if format == "json":
+        for row in rows:
+            typer.echo(json.dumps(row, ensure_ascii=False))
+        return
+    columns = ("id", "action", "stream", "state", "who", "message")
+    _table([*columns, "taken"], [[*(row[name] for name in columns), row["at"][:19]] for row in rows])
 
 
 @quarantine_app.command("list")
@@ -1553,7 +1585,8 @@ def _ask(
     if by_topic:
         _ask_by_topic(settings, request)
         typer.echo(
-            f"Asked on {settings.topics.name('control')}; the answer will be on {settings.topics.name('audit')}.",
+            f"Asked on {settings.topics.name('control')} as {request.id}; the answer will be on "
+            f"{settings.topics.name('audit')}, and `trimtab asked {request.id}` tells it.",
             err=err,
         )
         return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -90,6 +90,7 @@ def read(
     follow: bool = False,
     latest: bool = False,
     idle_seconds: float = IDLE_SECONDS,
+    stop: Callable[[], bool] | None = None,
 ) -> Iterator[Record]:
     """The messages of a topic, by partition in the order of the log.
 
@@ -99,6 +100,7 @@ def read(
         follow: go on when the end is reached, and wait for more.
         latest: begin with what comes from now on.
         idle_seconds: see `IDLE_SECONDS`.
+        stop: asked about between two polls; the end once it is true.
 
     Raises:
         Misconfigured: the topic is missing, or the broker refuses us.
@@ -111,7 +113,7 @@ def read(
         consumer.assign(partitions)
         (consumer.seek_to_end if latest else consumer.seek_to_beginning)(*partitions)
         quiet_since = time.monotonic()
-        while True:
+        while stop is None or not stop():
             batches = consumer.poll(timeout_ms=200)
             for messages in batches.values():
                 yield from map(record_of, messages)

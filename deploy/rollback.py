@@ -2,32 +2,38 @@
 
 The radius is counted on the topic of predictions, from the moment on at which the version came; whether answers were
 wrong is told by the labels that have met them, where the learner's database can be read. Corrections go by
-`stream.reissue`, under one transactional id for each stream.
+`stream.reissue`, under one transactional id for each stream; the topic `audit` has a line of every one, once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+from uuid import uuid4
+
+from pydantic import ValidationError
 
 from deploy.settings import Settings, rules
 from deploy.wiring import TOP_K, device_of, open_registry
-from learner.control import Refused
+from learner.control import ControlAnswer, Refused
 from learner.registry import BrokenVersion, Pointer
-from learner.retreat import Retreat, retreat
+from learner.retreat import Retreat, leaving, retreat
 from learner.slot import Slot
 from monitoring.metrics import Metrics
 from replay.history import History
 from replay.store import LearnerStore
-from stream.batches import TopicTail
-from stream.events import Decoder, Record
+from stream.batches import Outgoing, TopicTail
+from stream.events import Decoder, Record, encode
 from stream.join import EventKey
 from stream.lookback import Lookback
 from stream.reissue import ROUNDS, Radius, Reissue, Reissued, TransactionalSender, since, survey
 from stream.search import Search
+
+REISSUE = "reissue"
+"""The action that the audit names a correction by."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,14 @@ class Blast:
     Args:
         serving: what is in service; None before anything was announced.
         judged: of the answers whose labels have come, by class: right and wrong; None without the database.
+        left_out: how many older messages of the topic were not read; 0 where everything was.
     """
 
     way: Retreat
     serving: str | None
     radius: Radius
     judged: dict[str, tuple[int, int]] | None
+    left_out: int = 0
 
     @property
     def over(self) -> bool:
@@ -58,6 +66,8 @@ class Blast:
             "why": self.way.why,
             "suspects": {name: f"{name}.{first}" for name, first in self.way.suspects.since.items()},
             "in_service": self.serving,
+            "since": self.way.began.isoformat(),
+            "left_out": self.left_out,
             "predictions": radius.total,
             "corrected": radius.corrected,
             "to_correct": len(radius.open),
@@ -117,19 +127,48 @@ def blast(
         except BrokenVersion:
             continue  # pruned since it was listed
     way = retreat(stream, registry.champions(stream), refs, moment)
+    return _blast(settings, way, in_service(settings, stream), store, told)
+
+
+def blast_of_leaving(
+    settings: Settings, stream: str, target: str | None, serving: str, store: LearnerStore, most: int
+) -> Blast:
+    """How far all that served since a version last did has reached; writes nothing.
+
+    Args:
+        target: the version to go back to; None is the one that served before the present one.
+        serving: what is in service.
+        most: how many predictions of all streams are read, the newest.
+
+    Raises:
+        Refused: there is nothing to go back to.
+        RetryLater: the broker does not answer.
+    """
+    way = leaving(stream, open_registry(settings).champions(stream), target)
+    return _blast(settings, way, serving, store, most=most)
+
+
+def _blast(
+    settings: Settings,
+    way: Retreat,
+    serving: str | None,
+    store: LearnerStore | None,
+    told: Callable[[int], None] = lambda read: None,
+    most: int | None = None,
+) -> Blast:
     search = Search(settings.kafka.confluent())
     try:
-        radius = _surveyed(settings, search, way, told)
+        radius, left_out = _surveyed(settings, search, way, told, most)
     finally:
         search.close()
     judged: dict[str, tuple[int, int]] | None = None
     if store is not None:
         judged = {}
-        for version, predicted, right, count in History(store).verdicts(stream):
+        for version, predicted, right, count in History(store).verdicts(way.suspects.stream):
             if version in way.suspects:
                 good, bad = judged.get(predicted or "", (0, 0))
                 judged[predicted or ""] = (good + count, bad) if right else (good, bad + count)
-    return Blast(way, in_service(settings, stream), radius, judged)
+    return Blast(way, serving, radius, judged, left_out)
 
 
 def in_service(settings: Settings, stream: str) -> str | None:
@@ -164,14 +203,18 @@ def correct(
     rate: float,
     store: LearnerStore | None,
     told: Callable[[Reissued, int], None] = lambda done, left: None,
+    who: str = "",
+    why: str = "",
 ) -> Reissued:
     """Correct what suspects answered and nobody corrected yet, by the model in service now.
 
     Interrupted anywhere, the next call goes on where this one ended. What suspects still answered meanwhile is
-    corrected too.
+    corrected too. At the end the topic `audit` is told what no line there has told yet.
 
     Args:
         rate: the most corrections a second.
+        who: who asks, for the audit.
+        why: for the audit too.
         told: called after each transaction with what was done so far and how much was to do in all.
 
     Raises:
@@ -198,8 +241,11 @@ def correct(
             raise Refused(f"{model.revision(stream)} is in service, whose answers are to be corrected: roll back first")
         decoder = Decoder(stream_rules.values())
         tried: set[tuple[str, int, int]] = set()
+        radius, _ = _surveyed(settings, search, way)
+        lines, _ = since(search, settings.topics.name("audit"), way.since)
+        # What an interrupted one has corrected, and could no longer tell.
+        untold, at_first = radius.corrections - told_of(lines, stream), radius.corrections
         for _ in range(ROUNDS):
-            radius = _surveyed(settings, search, way)
             left = {where: one for where, one in radius.open.items() if where not in tried}
             if not left:
                 break
@@ -220,6 +266,11 @@ def correct(
                 forgotten=_forgotten_in(store),
             )
             done = before.plus(reissue.run(left, tell))
+            radius, _ = _surveyed(settings, search, way)
+        untold += radius.corrections - at_first
+        if untold:
+            answer = told_as(stream, untold, radius, who, why)
+            sender.send([Outgoing(settings.topics.name("audit"), stream.encode(), encode(answer), ())])
         return done
     finally:
         model.close()
@@ -228,11 +279,50 @@ def correct(
         log.close()
 
 
+def told_of(lines: Iterable[Record], stream: str) -> Counter[str]:
+    """By version, how many corrected answers of a stream the audit has told. Pure."""
+    found: Counter[str] = Counter()
+    for record in lines:
+        try:
+            line = ControlAnswer.model_validate_json(record.value or b"")
+        except ValidationError:
+            continue  # not ours
+        if (line.action, line.stream) == (REISSUE, stream):
+            found.update(line.corrected)
+    return found
+
+
+def told_as(stream: str, corrected: Counter[str], radius: Radius, who: str, why: str) -> ControlAnswer:
+    """The audit's line of a correction. Pure.
+
+    Args:
+        corrected: by version, how many answers no line has told yet.
+        radius: what the topic has now.
+    """
+    of = ", ".join(f"{count:,} of {version}" for version, count in sorted(corrected.items()))
+    by = ", ".join(sorted(radius.by))
+    return ControlAnswer(
+        id=uuid4().hex,
+        action=REISSUE,
+        stream=stream,
+        accepted=True,
+        message=f"corrected {corrected.total():,} predictions ({of}), by {by}",
+        corrected=dict(corrected),
+        who=who[:200],
+        reason=why[:1000],
+    )
+
+
 def _surveyed(
-    settings: Settings, search: Search, way: Retreat, told: Callable[[int], None] = lambda read: None
-) -> Radius:
-    records = since(search, settings.topics.name("predictions"), way.since)
-    return survey(records, way.suspects, Decoder(rules(settings)), told)
+    settings: Settings,
+    search: Search,
+    way: Retreat,
+    told: Callable[[int], None] = lambda read: None,
+    most: int | None = None,
+) -> tuple[Radius, int]:
+    """What suspects answered, and how many older messages were not read."""
+    records, left_out = since(search, settings.topics.name("predictions"), way.since, most)
+    return survey(records, way.suspects, Decoder(rules(settings)), told), left_out
 
 
 def _catch_up(settings: Settings, model: Slot) -> None:

@@ -176,6 +176,11 @@ class LearnerSettings(_Block):
         allow_inf_nan=False,
         description="a learner that gave no sign of life for so long is replaced by one that stands by, in seconds",
     )
+    sharing: bool = Field(
+        default=False,
+        description="several learners share the database, which must be PostgreSQL: one leads, and the others join "
+        "partitions of their own meanwhile instead of only standing by; the same for all of them",
+    )
     memory: StoreSettings = StoreSettings()
     group: str = Field(default="trimtab-learner", min_length=1, max_length=200, description="the consumer group")
     member_id: str | None = Field(
@@ -192,6 +197,12 @@ class LearnerSettings(_Block):
     console: ConsoleSettings = ConsoleSettings()
 
     _token_beyond_loopback = field_validator("http")(_safe_to_listen)
+
+    @model_validator(mode="after")
+    def _one_process_has_a_file(self) -> Self:
+        if self.sharing and self.store.startswith("sqlite"):
+            raise PydanticCustomError("sharing", "sharing needs a PostgreSQL store; an SQLite file is one learner's")
+        return self
 
 
 class TextEncoderSettings(_Block):

@@ -38,12 +38,14 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from deploy.explain import Answering, Explainer
+    from deploy.rollback import Blast
     from learner.app import Parts as LearnerParts
     from learner.asking import Asker
     from learner.curation import Curator
     from learner.encoders import Payload
     from learner.joining import EventLog, Joiner
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
+    from learner.sharing import Follower
     from learner.trainer import Trainer
     from monitoring.drift import DriftMonitor
     from replay.lease import Lease
@@ -208,6 +210,7 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
     def connect(learn: Callable[[Callable[[], Any]], Future[Any]]) -> LearnerParts:
         return _learner_parts(settings, group, metrics, learn, lease, tracing)
 
+    follower = _follower(settings, group, metrics, health, lease.store) if settings.learner.sharing else None
     learner = LearnerApp(
         shell,
         connect,
@@ -217,11 +220,38 @@ def run_learner(settings: Settings, *, port: int | None = None) -> int:
         utc_now,
         lease,
         settings.learner.revision_seconds,
+        follower,
     )
     _trace_to_the_end(shell, tracing)
     if settings.learner.console.enabled:
         _open_console(settings, shell, lambda: learner.parts if learner.opened else None, learner.learn)
     return shell.run()
+
+
+def _follower(settings: Settings, group: str, metrics: Metrics, health: Health, store: LearnerStore) -> Follower:
+    from learner.joining import JoinTopics
+    from learner.sharing import Follower
+
+    topics = settings.topics
+    names = JoinTopics(topics.name("predictions"), topics.name("labels"), topics.name("dead_letters"))
+    return Follower(
+        store,
+        owner_name(settings),
+        Decoder(rules(settings)),
+        names,
+        lambda starts, assigned: KafkaReader(
+            settings.kafka.confluent(),
+            group,
+            [names.predictions, names.labels],
+            settings.learner.batches,
+            settings.learner.member_id,
+            starts,
+            assigned,
+        ),
+        metrics,
+        health,
+        utc_now,
+    )
 
 
 def _open_console(
@@ -233,6 +263,7 @@ def _open_console(
     from deploy.console.query import Query
     from deploy.console.site import serve
     from deploy.console.watch import Watcher
+    from deploy.rollback import blast_of_leaving
 
     topics = settings.topics
     followed = {"dead_letters": topics.name("dead_letters"), "audit": topics.name("audit")}
@@ -248,6 +279,11 @@ def _open_console(
         shell.metrics,
     )
     kinds = {name: stream.kind for name, stream in settings.streams.items()}
+
+    def leaving(parts: LearnerParts, stream: str, target: str | None, most: int) -> Blast:
+        serving = parts.learners[stream].serving.name
+        return blast_of_leaving(settings, stream, target, serving, parts.store, most)
+
     query = Query(
         parts,
         watcher,
@@ -258,6 +294,7 @@ def _open_console(
         shell.token is not None,
         shell.metrics,
         lambda parts: _explainer_of(settings, parts, learn),
+        leaving,
     )
     serve(shell, query, watcher)
 
@@ -334,6 +371,7 @@ def _learner_parts(
         settings.learner.batches,
         settings.learner.member_id,
         learning.joiner.starts,
+        learning.joiner.assigned,
     )
     outbox = Outbox(learning.store, learning.epoch, settings.kafka.confluent())
     budgets = {name: stream.forgetting_budget for name, stream in settings.streams.items()}
@@ -439,6 +477,7 @@ def build_learning(
         clock,
         asker,
         tracing,
+        owner_name(settings) if settings.learner.sharing else None,
     )
     curator = Curator(
         store,

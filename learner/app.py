@@ -6,7 +6,8 @@
     control topic, HTTP  ──▶ Gate ──▶ act ────────────────┘ (one thread owns all that learns)
     Trainer (thread) ──▶ fine-tune process ──▶ exam ──▶ act
 
-It does nothing of this before it leads (`replay.lease`): until then it stands by.
+It does nothing of this before it leads (`replay.lease`): until then it stands by, or joins its share of the
+partitions (`learner.sharing`).
 
 Everything that changes what is learned runs on one thread, in whole steps. What follows from a step leaves
 through the outbox, which is part of the step's transaction.
@@ -19,10 +20,10 @@ import json
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -31,19 +32,20 @@ from confluent_kafka import KafkaError, Message, Producer
 from faust.web import View
 
 from learner.asking import Asker
-from learner.control import ControlAnswer, ControlRequest, Gate, Refused
+from learner.control import AskedRequest, ControlAnswer, ControlRequest, Gate, Refused
 from learner.curation import Curator
 from learner.joining import Joiner
 from learner.online import OnlineLearner
 from learner.registry import BrokenVersion, Registry
 from learner.shadow import Duel
+from learner.sharing import Follower
 from learner.trainer import Trainer
 from learner.unlearning import Erasure, forget
 from monitoring.drift import DriftMonitor, Kind
 from monitoring.metrics import QUARANTINE_REASONS, Metrics
 from replay.lease import Lease
-from replay.store import Held, LearnerStore, Outgoing
-from stream.batches import Reader
+from replay.store import REQUESTS_KEPT, Asked, Held, LearnerStore, Outgoing, Run
+from stream.batches import Batch, Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
 from stream.events import Record, encode
 from stream.service import MOST_BODY, Shell
@@ -56,6 +58,9 @@ RECALL_WINDOW = 2_000
 RECALL_MINIMUM = 10
 RETRY_SECONDS = 0.5
 REQUESTS_SHOWN = 1_000
+MOST_RESUMED = 1_000
+"""Requests that one start does or tells of because the process before it ended too early."""
+DONE_BEFORE = "done; the learner ended before it could say more"
 DRIFT_KINDS: tuple[Kind, ...] = ("input", "prediction", "error")
 
 
@@ -111,6 +116,41 @@ class Outbox:
     def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
         if error is not None:
             self._failed.append(str(error))
+
+
+def _answer(request: ControlRequest, accepted: bool, message: str, erasure: Erasure | None = None) -> ControlAnswer:
+    return ControlAnswer(
+        id=request.id,
+        action=request.action,
+        stream=request.stream,
+        accepted=accepted,
+        message=message,
+        cleaned=erasure.cleaned if erasure else (),
+        not_reached=erasure.not_reached if erasure else (),
+        who=request.who,
+        reason=request.reason,
+    )
+
+
+def _standing(asked: Asked, run: Run | None) -> AskedRequest:
+    message = ControlAnswer.model_validate_json(asked.answer).message if asked.answer else DONE_BEFORE
+    state: Any = asked.state
+    if run is not None:
+        state = "running" if run.state == "running" else "done"
+        why = run.detail.get("reason") or "; ".join(run.detail.get("reasons", ()))
+        message = f"run {run.id} is {run.state}{': ' + str(why) if why else ''}"
+    return AskedRequest(
+        id=asked.id,
+        action=asked.action,
+        stream=asked.stream,
+        state=state,
+        message=message,
+        who=asked.who,
+        reason=asked.reason,
+        run=None if run is None else run.id,
+        run_state=None if run is None else run.state,
+        at=asked.at,
+    )
 
 
 def check_owner(store: LearnerStore, epoch: int) -> None:
@@ -197,6 +237,7 @@ class LearnerApp:
         clock: the time, in UTC.
         lease: by which this learner comes to lead, and goes on leading.
         revision_seconds: shortest time between two revisions of a stream.
+        follower: joins this learner's share of the partitions until it leads; None where it only stands by.
     """
 
     def __init__(
@@ -209,7 +250,9 @@ class LearnerApp:
         clock: Callable[[], datetime],
         lease: Lease,
         revision_seconds: float = 0.5,
+        follower: Follower | None = None,
     ) -> None:
+        self._follower = follower
         self._revision_seconds, self._lease = revision_seconds, lease
         self.shell, self._connect, self._audit, self._gate, self._clock = shell, connect, audit, gate, clock
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="read")
@@ -308,8 +351,15 @@ class LearnerApp:
             if why != said:
                 logger.info("standing by: %s", why)
             said = why
-            health.waiting("lease", f"standing by: {why}")
-            await asyncio.sleep(self._lease.pause)
+            health.waiting("lease", f"{'standing by' if self._follower is None else 'following'}: {why}")
+            if self._follower is None:
+                await asyncio.sleep(self._lease.pause)
+            else:
+                follow = self._follower.follow
+                await loop.run_in_executor(self._reading, follow, self._lease.pause, self._ending.is_set)
+        if self._follower is not None:
+            # It reads on as the leader, once its models are there.
+            await loop.run_in_executor(self._reading, self._follower.close)
         health.ready("lease")
         self._lease.keep(self.shell.fail, self._note_database)
         # Models are loaded while the control topic's group comes together, which takes seconds as well.
@@ -333,6 +383,7 @@ class LearnerApp:
             assert self._connecting is not None
             self._parts = await asyncio.wrap_future(self._connecting)
             self.parts.trainer.start()
+            await loop.run_in_executor(self._learning, self._resume_asked)
             for stream, budget in self.parts.budgets.items():
                 self.metrics.forgetting_budget.labels(stream).set(budget)
             self._opened.set()
@@ -341,10 +392,8 @@ class LearnerApp:
                 try:
                     batch = await loop.run_in_executor(self._reading, self.parts.reader.read, 0.1)
                     if batch is not None and self.parts.reader.current(batch):
-                        learned = await loop.run_in_executor(self._learning, self.parts.joiner.step, batch)
-                        for stream, count in learned.items():
-                            self.parts.trainer.learned(stream, count)
-                        await loop.run_in_executor(self._learning, self.parts.curator.learned, learned)
+                        await loop.run_in_executor(self._learning, self._learn_from, self.parts.joiner.step, batch)
+                    await loop.run_in_executor(self._learning, self._learn_from, self.parts.joiner.take_in)
                     await self._announce()
                     self.shell.health.ready("source")
                 except RetryLater as error:
@@ -354,6 +403,13 @@ class LearnerApp:
                     await asyncio.sleep(RETRY_SECONDS)
         finally:
             self._joining_ended.set()
+
+    def _learn_from(self, step: Callable[..., Counter[str]], *batch: Batch) -> None:
+        learned = step(*batch)
+        for stream, count in learned.items():
+            self.parts.trainer.learned(stream, count)
+        if batch or learned:
+            self.parts.curator.learned(learned)
 
     async def _announce(self) -> None:
         if time.monotonic() - self._announced_at < self._revision_seconds:
@@ -522,37 +578,99 @@ class LearnerApp:
             return Refused(str(error))
 
     def _act(self, request: ControlRequest, again: Sequence[Record] | Refused) -> ControlAnswer:
+        store, now = self.parts.store, self._clock()
+        before = store.asked(request.id)
+        if before is not None and before.answer is not None and before.digest == request.digest:
+            return ControlAnswer.model_validate_json(before.answer)
+        if before is not None and before.digest != request.digest:
+            message = (
+                f"request {request.id} was another one, {before.action} of {before.stream}; give this one its own id"
+            )
+            return _answer(request, False, message)
+        asked = Asked(
+            request.id, request.digest, request.action, request.stream, "done", request.who, request.reason, now
+        )
         erasure = Erasure("", (), ())
         try:
-            if request.action == "forget":
-                erasure = self._forget(request)
-            message = self._send_again(again) if request.action == "replay" else erasure.message or self._do(request)
+            if before is not None:
+                message = DONE_BEFORE
+            elif request.action == "retrain":
+                message, asked = self._retrain(request), replace(asked, state="accepted")
+            elif request.action == "forget":
+                with store.effect_of(asked):
+                    erasure = self._forget(request)
+                message = erasure.message
+            elif request.action == "replay":
+                with store.effect_of(asked):
+                    message = self._send_again(again)
+            else:
+                message = self._do(request, asked)
             accepted = True
         except (Refused, BrokenVersion) as refusal:
             accepted, message = False, str(refusal)
-        answer = ControlAnswer(
-            id=request.id,
-            action=request.action,
-            stream=request.stream,
-            accepted=accepted,
-            message=message,
-            cleaned=erasure.cleaned,
-            not_reached=erasure.not_reached,
-            who=request.who,
-            reason=request.reason,
-        )
+            asked = replace(asked, state="refused")
+        answer = _answer(request, accepted, message, erasure)
+        asked = replace(asked, answer=answer.model_dump_json())
         self.metrics.control.labels(request.action, "accepted" if accepted else "refused").inc()
         logger.info("control: %s %s by %s: %s", request.action, request.stream, request.who or "unnamed", message)
         while True:
             try:
-                with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
-                    tx.send([Outgoing(self._audit, request.stream.encode(), encode(answer))])
-                return answer
+                self._settle(asked, answer)
+                break
             except RetryLater as error:
                 # It is done, so it must not be asked for again because of this.
                 logger.warning("control: the audit topic is told later of %s: %s", request.id, error)
                 if self._ending.wait(RETRY_SECONDS):
                     return answer
+        if asked.state == "accepted":
+            self.parts.trainer.request(request.stream, "hand", request.reason, request.id)
+        return answer
+
+    def _retrain(self, request: ControlRequest) -> str:
+        self._learner(request.stream)
+        return self.parts.trainer.begins(request.stream)
+
+    def _resume_asked(self) -> None:
+        """Do what was accepted by a learner that ended before it was done, and tell what it could not tell."""
+        store = self.parts.store
+        left = [one for one in store.last_asked(MOST_RESUMED, unsettled=True) if one.stream in self.parts.learners]
+        runs = self._runs(left)
+        for asked in reversed(left):
+            if asked.answer is None:
+                answer = ControlAnswer(
+                    id=asked.id,
+                    action=asked.action,
+                    stream=asked.stream,
+                    accepted=True,
+                    message=DONE_BEFORE,
+                    who=asked.who,
+                    reason=asked.reason,
+                )
+                self._settle(replace(asked, answer=answer.model_dump_json()), answer)
+            elif asked.id in runs:
+                self._settle(replace(asked, state="done"))
+            else:
+                self.parts.trainer.request(asked.stream, "hand", asked.reason, asked.id)
+
+    def _settle(self, asked: Asked, answer: ControlAnswer | None = None) -> None:
+        with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
+            tx.keep_asked(asked)
+            tx.send([Outgoing(self._audit, asked.stream.encode(), encode(answer))] if answer else [])
+
+    def _runs(self, asked: Sequence[Asked]) -> dict[str, Run]:
+        """By request, the fine-tune that it became."""
+        streams = {one.stream for one in asked if one.action == "retrain"}
+        return {
+            request_id: run
+            for stream in sorted(streams)
+            for run in reversed(self.parts.store.runs(stream, limit=MOST_RESUMED))
+            for request_id in run.detail.get("requests", ())
+        }
+
+    def _asked(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
+        """How requests stand."""
+        runs = self._runs(asked)
+        return [_standing(one, runs.get(one.id)).model_dump(mode="json") for one in asked]
 
     def _learner(self, stream: str) -> OnlineLearner:
         learner = self.parts.learners.get(stream)
@@ -575,12 +693,16 @@ class LearnerApp:
             raise Refused("forget what? give event_ids")
         return forget(request.event_ids, learner, self.parts.trainer, self.parts.store, self._clock())
 
-    def _do(self, request: ControlRequest) -> str:
-        parts, now = self.parts, self._clock()
+    def _do(self, request: ControlRequest, asked: Asked) -> str:
         learner = self._learner(request.stream)
+        if request.action in ("promote", "rollback"):
+            return self._put_in_service(request, learner, self._clock(), asked)
+        with self.parts.store.effect_of(asked):
+            return self._change(request, learner, self._clock())
+
+    def _change(self, request: ControlRequest, learner: OnlineLearner, now: datetime) -> str:
+        parts = self.parts
         match request.action:
-            case "retrain":
-                return parts.trainer.request(request.stream, "hand", request.reason)
             case "pause":
                 learner.pause(now)
                 return f"{learner.serving.name} stays in service until learning is resumed"
@@ -600,16 +722,17 @@ class LearnerApp:
                     raise Refused("a fine-tune of the stream is running and knows the old name; ask when it has ended")
                 merge = request.action == "merge"
                 return parts.curator.rename(request.stream, str(request.old), str(request.new), merge=merge)
-        return self._put_in_service(request, learner, now)
+        raise AssertionError(request.action)
 
-    def _put_in_service(self, request: ControlRequest, learner: OnlineLearner, now: datetime) -> str:
+    def _put_in_service(self, request: ControlRequest, learner: OnlineLearner, now: datetime, asked: Asked) -> str:
         parts = self.parts
         self._nothing_changed(request, learner)
         name = request.version or self._predecessor(request.stream, learner)
         if "." in name:
             if request.action == "promote":
                 raise Refused(f"{name} is a revision; roll back to it, or promote its version {name.partition('.')[0]}")
-            learner.serve_revision(name, now)
+            with parts.store.effect_of(asked):
+                learner.serve_revision(name, now)
             self.metrics.versions.labels(request.stream, "rolled_back").inc()
             return f"{name} is in service again; learning is paused until it is resumed"
         manifest = parts.registry.verify(request.stream, name)
@@ -622,7 +745,8 @@ class LearnerApp:
         cause = f"{request.action} by {request.who or 'hand'}{': ' + request.reason if request.reason else ''}"
         # What was forced is not put to the test again.
         shadow = request.action == "promote" and not request.force
-        learner.put_in_service(manifest, known, cause, now, shadow=shadow)
+        with parts.store.effect_of(asked):
+            learner.put_in_service(manifest, known, cause, now, shadow=shadow)
         outcome = "rolled_back" if request.action == "rollback" else "promoted"
         self.metrics.versions.labels(request.stream, outcome).inc()
         if outcome == "promoted":
@@ -760,14 +884,14 @@ class LearnerApp:
             "requests": self._requests,
         }
 
-        async def ask(view: Any, find: Callable[[], Any]) -> Any:
+        async def ask(view: Any, find: Callable[[], Any], none: str = "") -> Any:
             try:
                 found = await asyncio.get_running_loop().run_in_executor(learner._learning, find)
             except Refused as refusal:
                 return shell.json(view, {"error": str(refusal)}, 400)
             except RetryLater as error:
                 return shell.json(view, {"error": str(error)}, 503)
-            return shell.json(view, found)
+            return shell.json(view, {"error": none}, 404) if found is None else shell.json(view, found)
 
         async def read(view: Any, stream: str, what: str, query: Mapping[str, str] | None = None) -> Any:
             if not learner._opened.is_set():
@@ -789,6 +913,24 @@ class LearnerApp:
                 return shell.json(view, {"error": "starting"}, 503)
             names: Sequence[str] = sorted(learner.parts.learners)
             return await ask(view, lambda: [learner._status(name) for name in names])
+
+        @app.page("/requests")  # type: ignore[untyped-decorator]
+        async def requests(view: Any, request: Any) -> Any:
+            if not learner._opened.is_set():
+                return shell.json(view, {"error": "starting"}, 503)
+            return await ask(view, lambda: learner._asked(learner.parts.store.last_asked()))
+
+        @app.page("/requests/{request_id}")  # type: ignore[untyped-decorator]
+        async def asked(view: Any, request: Any, request_id: str) -> Any:
+            if not learner._opened.is_set():
+                return shell.json(view, {"error": "starting"}, 503)
+
+            def find() -> Any:
+                one = learner.parts.store.asked(request_id)
+                return None if one is None else learner._asked([one])[0]
+
+            none = f"no request {request_id[:100]!r} was taken in {REQUESTS_KEPT.days} days; `trimtab asked` lists them"
+            return await ask(view, find, none)
 
         @app.page("/streams/{stream}")  # type: ignore[untyped-decorator]
         async def one(view: Any, request: Any, stream: str) -> Any:
@@ -829,6 +971,8 @@ class LearnerApp:
         loop = asyncio.get_running_loop()
         connecting: Future[Parts] | None = self._connecting
         if self._parts is None and (connecting is None or connecting.cancel()):
+            if self._follower is not None:
+                await loop.run_in_executor(self._reading, self._follower.close)
             await loop.run_in_executor(None, self._lease.leave)
             return
         if self._parts is None and connecting is not None:

@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from stream.errors import Misconfigured, TrimtabError
-from stream.events import EventId, utc_now
+from stream.events import NUL, EventId, utc_now
 
 SIGNATURE = "trimtab-signature"
 FRESH = timedelta(minutes=5)
@@ -50,6 +50,7 @@ Action = Literal[
 ]
 
 
+RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
 LetterPlace = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}:[0-9]{1,18}$")]
 
 
@@ -87,7 +88,7 @@ class HeldLabels(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ids: tuple[int, ...] = Field(default=(), max_length=500)
+    ids: tuple[Annotated[int, Field(ge=0, lt=2**63)], ...] = Field(default=(), max_length=500)
     labeller: str | None = Field(default=None, min_length=1, max_length=200)
     label: str | None = Field(default=None, min_length=1, max_length=128)
     reason: str | None = Field(default=None, min_length=1, max_length=100)
@@ -104,6 +105,7 @@ class ControlRequest(BaseModel):
     """One thing asked of the learner.
 
     Args:
+        id: what the request is asked about by; one that was taken under the same id is not done a second time.
         action: `retrain`, `promote` a version, `rollback` to a version or a revision, `pause` or `resume` learning,
             `forget` events, `label` events, `release` labels from quarantine or `drop` them, `rename` a class or
             `merge` it into another, `replay` dead letters.
@@ -123,7 +125,7 @@ class ControlRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    id: str = Field(default_factory=lambda: uuid4().hex, min_length=1, max_length=100)
+    id: RequestId = Field(default_factory=lambda: uuid4().hex)
     action: Action
     stream: str = Field(min_length=1, max_length=100)
     version: str | None = Field(default=None, pattern=r"^v[0-9]{1,9}(\.[0-9]{1,12})?$")
@@ -139,8 +141,18 @@ class ControlRequest(BaseModel):
     force: bool = False
     issued_at: AwareDatetime = Field(default_factory=utc_now)
 
+    @property
+    def digest(self) -> str:
+        """The same for a request that is sent again, another one where something else is asked."""
+        asked = self.model_dump_json(exclude={"id", "issued_at"})
+        return hashlib.sha256(asked.encode()).hexdigest()
+
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
+        texts = (self.stream, self.label, self.old, self.new, self.reason, self.who, *self.event_ids)
+        held = self.held and (self.held.labeller, self.held.label, self.held.reason)
+        if any("\x00" in text for text in (*texts, *(held or ())) if text):
+            raise ValueError(NUL)
         if self.action in ("release", "drop") and self.held is None:
             raise ValueError(f"{self.action} needs held, which says which labels")
         if self.action in ("rename", "merge") and not (self.old and self.new):
@@ -156,6 +168,8 @@ class ControlAnswer(BaseModel):
     """What became of a request; it goes to the `audit` topic and to whoever asked.
 
     Args:
+        action: the request's, or `reissue` where predictions were corrected.
+        corrected: for reissue: by the version that had made them, how many predictions.
         cleaned: for forget: every place that something was taken from.
         not_reached: for forget: every place that may still hold something, and until when.
     """
@@ -167,9 +181,32 @@ class ControlAnswer(BaseModel):
     message: str
     cleaned: tuple[str, ...] = ()
     not_reached: tuple[str, ...] = ()
+    corrected: dict[str, int] = Field(default_factory=dict)
     who: str = ""
     reason: str = ""
     at: AwareDatetime = Field(default_factory=utc_now)
+
+
+class AskedRequest(BaseModel):
+    """How a request stands.
+
+    Args:
+        state: `accepted` (it waits to be done), `running`, `done` or `refused`.
+        message: what became of it, or why it was refused.
+        run: for retrain: the fine-tune that it became, and `run_state` as `trimtab versions` calls it.
+        at: when the learner took it.
+    """
+
+    id: str
+    action: str
+    stream: str
+    state: Literal["accepted", "running", "done", "refused"]
+    message: str
+    who: str = ""
+    reason: str = ""
+    run: int | None = None
+    run_state: str | None = None
+    at: AwareDatetime
 
 
 def sign(value: bytes, key: bytes) -> bytes:

@@ -224,8 +224,10 @@ class Curator:
             tx.release(ids)
             believed = whole and tx.trust(stream, str(held.labeller))
 
-        joined = join(self._store.known(touched([], labels)), [], labels, self._rules, released=True)
-        self._joiner.apply(joined, now, also)
+        spoken_of = touched([], labels)
+        found = self._store.known(spoken_of)
+        joined = join(found, [], labels, self._rules, released=True)
+        self._joiner.apply(joined, now, also, spoken_of - found.served.keys())
         done = [f"{len(ids)} label{'' if len(ids) == 1 else 's'} released"]
         if believed:
             done.append(f"{held.labeller} is believed again")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,7 +31,7 @@ from monitoring.metrics import Metrics
 from monitoring.tracing import Tracing
 from replay.store import Content, LearnerStore, Outgoing, Quarantined, Reconciled, Transaction
 from stream.batches import Batch, Partition
-from stream.errors import DeadLetter, Reason
+from stream.errors import DeadLetter, Reason, RetryLater
 from stream.events import Decoder, Label, Place, Prediction, Record
 from stream.join import Change, EventKey, Joined, Kind, join, touched
 from stream.lookback import events_at
@@ -75,6 +75,8 @@ class Joiner:
         clock: the time, in UTC.
         asker: notices which events are worth a label; None where nobody is asked.
         tracing: where batches, and traced predictions and labels, become spans; None where nothing is traced.
+        member: this learner's name where others join partitions of their own beside it (`learner.sharing`); None
+            where one learner joins them all.
     """
 
     def __init__(
@@ -91,8 +93,10 @@ class Joiner:
         clock: Callable[[], datetime],
         asker: Asker | None = None,
         tracing: Tracing | None = None,
+        member: str | None = None,
     ) -> None:
-        self._tracing = tracing
+        self._tracing, self._member = tracing, member
+        self._claims: dict[Partition, int] = {}
         self._asker = asker
         self._store, self._epoch, self._decoder, self._lookback = store, epoch, decoder, lookback
         self._learners, self._drift, self._topics, self._rules = learners, drift, topics, rules
@@ -105,6 +109,20 @@ class Joiner:
         """Where the store's offsets say that each partition is to be read from; told to the reader."""
         self._offsets = self._store.offsets()
         return {partition: self._offsets[partition] for partition in partitions if partition in self._offsets}
+
+    def assigned(self, partitions: Sequence[Partition]) -> None:
+        """Partitions were just assigned: whoever had them before may not write of them any more."""
+        if self._member is not None:
+            self._claims.update(self._store.claim_partitions(self._member, partitions, self._clock()))
+
+    def take_in(self) -> Counter[str]:
+        """Join what the others left for the leader; returns and raises as `step`, which then changed nothing."""
+        if self._member is None:
+            return Counter()
+        received = self._store.inbox()
+        if not received:
+            return Counter()
+        return self._step(Batch([one.record for one in received], {}, {}, 0), [one.id for one in received])
 
     def step(self, batch: Batch) -> Counter[str]:
         """Join one batch; returns, by stream, how many label outcomes changed what is learned.
@@ -124,7 +142,7 @@ class Joiner:
                 self._tracing.event(name, record.headers, **record_attributes(record))
             return learned
 
-    def _step(self, batch: Batch) -> Counter[str]:
+    def _step(self, batch: Batch, taken: Sequence[int] = ()) -> Counter[str]:
         now = self._clock()
         predictions, labels, outgoing = self._decode(batch.records, now)
         predictions, labels, refused = self.learnable(predictions, labels)
@@ -136,6 +154,9 @@ class Joiner:
         answered: Counter[str] = Counter()
 
         def also(tx: Transaction) -> None:
+            if self._member is not None:
+                tx.hold({partition: self._claims[partition] for partition in batch.ends})
+                tx.clear_inbox(taken)
             tx.advance(moves)
             if self._asker:
                 answered.update(self._asker.note(tx, noticed, labels))
@@ -143,7 +164,7 @@ class Joiner:
             tx.send(outgoing)
 
         with self._tracing.span("learn", changes=len(joined.changes)) if self._tracing else nullcontext():
-            reconciled = self.apply(joined, now, also)
+            reconciled = self.apply(joined, now, also, touched(predictions, labels) - known.served.keys())
         self._offsets.update(batch.ends)
         for (stream, outcome), count in refused.items():
             self._metrics.labels.labels(stream, outcome).inc(count)
@@ -157,16 +178,24 @@ class Joiner:
                 learned[stream] += count
         return learned
 
-    def apply(self, joined: Joined, now: datetime, also: Callable[[Transaction], None]) -> Reconciled:
+    def apply(
+        self, joined: Joined, now: datetime, also: Callable[[Transaction], None], unserved: Collection[EventKey] = ()
+    ) -> Reconciled:
         """Make what was joined true, and what `also` writes, in one transaction; then follow the ledger.
 
+        Args:
+            unserved: events that were joined as having no prediction yet.
+
         Raises:
-            RetryLater: the broker or the database is away; nothing was kept.
+            RetryLater: the broker or the database is away, or another learner stored such a prediction meanwhile;
+                nothing was kept.
             Superseded: another learner owns the store.
         """
         contents, too_late = self._contents(joined.changes)
         trials = self._attempt(joined.changes, contents)
         with self._store.transaction(self._epoch, now) as tx:
+            if self._member is not None and tx.served_among(unserved):
+                raise RetryLater("another learner has stored a prediction of the same events meanwhile")
             tx.record(joined)
             reconciled = tx.reconcile(joined.changes, contents, too_late)
             for stream, trial in trials.items():

@@ -25,12 +25,14 @@ class Retreat:
     target: the version or the exact revision to go back to.
     since: from when on the topic of predictions has to be read.
     why: how `target` was chosen, in a sentence.
+    began: when the first suspect was announced.
     """
 
     target: str
     suspects: Suspects
     since: datetime
     why: str
+    began: datetime
 
 
 def retreat(stream: str, champions: Sequence[Champion], revisions: Sequence[HeadRef], since: datetime | str) -> Retreat:
@@ -68,7 +70,37 @@ def retreat(stream: str, champions: Sequence[Champion], revisions: Sequence[Head
         Suspects(stream, dict.fromkeys(_new_from(champions, first), 0)),
         champions[first].since - SKEW,
         f"{champions[first - 1].version} was in service before {champions[first].version}",
+        champions[first].since,
     )
+
+
+def leaving(stream: str, champions: Sequence[Champion], target: str | None) -> Retreat:
+    """What is left behind by going back to a version, put back by hand or not: all that served since it last did.
+
+    Args:
+        champions: what went into service, oldest first.
+        target: the version to go back to; None is the one that served before the present one.
+
+    Raises:
+        Refused: there is nothing to go back to, or it is in service.
+    """
+    if not champions:
+        raise Refused(f"stream {stream!r} has had no version in service yet")
+    present = champions[-1].version
+    others = [place for place, line in enumerate(champions) if line.version != present]
+    if target is None and not others:
+        raise Refused(f"{present} is the first version of stream {stream!r}; there is none to go back to")
+    target = target or champions[others[-1]].version
+    if target == present:
+        raise Refused(f"{target} of stream {stream!r} is in service")
+    # Where it never served, only the present one is left for it.
+    last = max((place for place in others if champions[place].version == target), default=others[-1] if others else -1)
+    left = dict.fromkeys((line.version for line in champions[last + 1 :]), 0)
+    since = champions[last + 1].since
+    why = f"{target} served until {since:%Y-%m-%d %H:%M:%S} UTC"
+    # What it answered when it served before is none of this.
+    back = not left.keys().isdisjoint(line.version for line in champions[: last + 1])
+    return Retreat(target, Suspects(stream, left), since if back else since - SKEW, why, since)
 
 
 def _new_from(champions: Sequence[Champion], first: int) -> list[str]:
@@ -92,6 +124,7 @@ def _from_revision(stream: str, champions: Sequence[Champion], revisions: Sequen
         Suspects(stream, {version: number} | dict.fromkeys(_new_from(champions, first + 1), 0)),
         at - SKEW,
         f"{earlier[-1].name} is the last revision before {name} that is stored",
+        at,
     )
 
 

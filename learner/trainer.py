@@ -98,6 +98,9 @@ class Course:
     exam: ExamSettings
     triggers: Triggers
     requested: list[tuple[Cause, str]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Ids of the requests by hand that wait, and of those that the run that is going answers."""
+    answering: list[str] = field(default_factory=list)
     labels_since: int = 0
     taught: dict[str, int] = field(default_factory=dict)
     """Labels of each class when the last run began; none are known after a restart, until a run begins."""
@@ -239,15 +242,26 @@ class Trainer:
 
     # Triggers
 
-    def request(self, stream: str, cause: Cause, why: str = "") -> str:
-        """Ask for a fine-tune; the answer says when it will begin."""
-        course = self.courses[stream]
+    def request(self, stream: str, cause: Cause, why: str = "", request_id: str = "") -> str:
+        """Ask for a fine-tune; the answer says when it will begin.
+
+        Args:
+            request_id: the run's detail names it, under `requests`.
+        """
+        begins, course = self.begins(stream), self.courses[stream]
         with self._lock:
-            folded = bool(course.requested)
             course.requested.append((cause, why))
-            running = course.running
+            if request_id:
+                course.asked.append(request_id)
         self._metrics.triggers.labels(stream, cause).inc()
         self._wake.set()
+        return begins
+
+    def begins(self, stream: str) -> str:
+        """When a fine-tune that is asked for now would begin."""
+        course = self.courses[stream]
+        with self._lock:
+            folded, running = bool(course.requested), course.running
         if running:
             return "a fine-tune is running; this request is folded into the next one, which begins when it has ended"
         if folded:
@@ -352,6 +366,7 @@ class Trainer:
         course = self.courses[stream]
         with self._lock:
             causes, course.requested = course.requested, []
+            course.answering, course.asked = course.asked, []
         cause = course.cause = causes[0][0]
         why = "; ".join(f"{c}: {w}" if w else c for c, w in causes)
         began = time.monotonic()
@@ -441,7 +456,12 @@ class Trainer:
         """Freeze what there is to learn from; on the learners' thread, so that nothing moves meanwhile."""
         learner, now = self._learners[stream], self._clock()
         with self._store.transaction(self._epoch, now) as tx:
-            run = tx.add_run(stream, cause, state="running", detail={"why": why})
+            run = tx.add_run(
+                stream,
+                cause,
+                state="running",
+                detail={"why": why, "requests": course.answering} if course.answering else {"why": why},
+            )
             tx.update_run(run, state="running", started=True)
         course.run, course.cancelled = run, None
         course.labels_since = 0

@@ -220,6 +220,19 @@ requests = _table(
     _time("answered_at", null=True),
     sa.Index("requests_ranked", "stream", "asked_at", "score"),
 )
+asked = _table(
+    "asked",
+    _text("id", key=True),
+    _text("digest"),
+    _text("action"),
+    _text("stream"),
+    _text("state"),
+    _text("who"),
+    _text("reason"),
+    _text("answer", null=True),
+    _time("at"),
+    sa.Index("asked_at", "at"),
+)
 best_recall = _table(
     "best_recall",
     _text("stream", key=True),
@@ -296,6 +309,17 @@ outbox = _table(
     sa.Column("key", sa.LargeBinary),
     sa.Column("value", sa.LargeBinary),
     sa.Column("headers", sa.JSON, nullable=False),
+)
+inbox = _table(
+    "inbox",
+    _serial("id"),
+    _text("topic"),
+    _int("partition"),
+    _int("offset"),
+    sa.Column("key", sa.LargeBinary),
+    sa.Column("value", sa.LargeBinary),
+    sa.Column("headers", sa.JSON, nullable=False),
+    _int("timestamp_ms"),
 )
 quarantine = _table(
     "quarantine",

@@ -31,6 +31,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, time, timedelta
 from time import monotonic
@@ -46,7 +47,7 @@ from replay import traces
 from replay.policy import Candidate, ReplaySettings, eligible, priority, select
 from replay.schema import micros, moment, put
 from stream.errors import Misconfigured, RetryLater, Superseded
-from stream.events import Headers, Label, Place
+from stream.events import Headers, Label, Place, Record
 from stream.join import Change, EventKey, Joined, Kind, Known, Labelled, Lesson, Score, Served
 
 Payload = str | npt.NDArray[np.float32]
@@ -60,6 +61,10 @@ _BUSY_SECONDS = 1.0
 """Whoever waits longer than this for the owner's row was kept from it by an owner that is alive."""
 _READ_ONLY = "25006"
 """PostgreSQL's code for a write to a server that only follows another, as after a switch to the wrong one."""
+
+
+REQUESTS_KEPT = timedelta(days=7)
+"""How long what people asked for is known by its id."""
 
 
 class StoreSettings(BaseModel):
@@ -87,6 +92,10 @@ class StoreSettings(BaseModel):
     exam_one_in: int = Field(default=5, ge=2, description="one event in this many may be given to the exam")
     exam_from: int = Field(default=10, ge=1, description="labels of a class before it gives examples to the exam")
     exam_per_class: int = Field(default=200, ge=1, description="exam examples of a class that are kept for good")
+
+
+_EFFECT: ContextVar[Asked | None] = ContextVar("effect", default=None)
+"""What is being done on this thread because somebody asked for it."""
 
 
 class NotEmbedded(RetryLater):
@@ -203,6 +212,14 @@ class Outgoing:
     value: bytes | None
     headers: Headers = ()
     id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message that lies in the inbox under `id`."""
+
+    id: int
+    record: Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +360,29 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """Something that a person asked of the learner, and what became of it.
+
+    Args:
+        id: given by whoever asked, or made.
+        digest: of what was asked, so that another thing under the same id is noticed.
+        state: `accepted` (it waits to be done), `done` or `refused`.
+        answer: what was said of it, as JSON, as it went to the audit topic; None where that is still to be said.
+        at: when it was taken.
+    """
+
+    id: str
+    digest: str
+    action: str
+    stream: str
+    state: str
+    who: str
+    reason: str
+    at: datetime
+    answer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Purged:
     """What a purge removed.
 
@@ -355,6 +395,7 @@ class Purged:
         scores: scores past the retention.
         quarantine: labels that waited in quarantine for too long, or were too many.
         requests: requests whose event's label could not be joined any more, and events noticed a day ago.
+        asked: what people asked for, past `REQUESTS_KEPT`.
     """
 
     served: int = 0
@@ -365,6 +406,7 @@ class Purged:
     scores: int = 0
     quarantine: int = 0
     requests: int = 0
+    asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,6 +476,12 @@ class LearnerStore:
             epoch = (_epoch(connection, scope) or 0) + 1
             put(connection, t.owners, [{**row, "epoch": epoch, "beat_at": None, "lease": None}])
             return epoch
+
+    def claim_partitions(
+        self, owner: str, partitions: Iterable[tuple[str, int]], now: datetime
+    ) -> dict[tuple[str, int], int]:
+        """Take (topic, partition)s over, each under a higher epoch of its own; see `share` and `Transaction.hold`."""
+        return {where: self.claim(owner, now, _scope(where)) for where in sorted(partitions)}
 
     def owner(self, scope: str = "learner") -> tuple[str, int] | None:
         """Who claimed the store last, and its epoch."""
@@ -505,13 +553,87 @@ class LearnerStore:
             found = _epoch(connection, scope)
             if found != epoch:
                 raise Superseded(f"the store is owned under epoch {found}, this learner's is {epoch}")
-            yield Transaction(self, connection, epoch, now)
+            made = Transaction(self, connection, epoch, now)
+            yield made
+            effect = _EFFECT.get()
+            if effect is not None:
+                made.keep_asked(effect)
         self._transactions += 1
         # After 1, 2, 4, 8 ... of them: as often as a table may have doubled since.
         if self._engine.dialect.name == "postgresql" and self._transactions & (self._transactions - 1) == 0:
             # What was asked for is kept by now, so that no failure of this may look like one of that.
             with suppress(RetryLater), self._write() as connection:
                 t.analyze(connection)
+
+    @contextmanager
+    def effect_of(self, asked: Asked) -> Iterator[None]:
+        """Keep `asked` within every transaction of this thread in the block: with its effect, or neither."""
+        token = _EFFECT.set(asked)
+        try:
+            yield
+        finally:
+            _EFFECT.reset(token)
+
+    def asked(self, request_id: str) -> Asked | None:
+        """What was asked under an id within `REQUESTS_KEPT`."""
+        with self._read() as connection:
+            row = connection.execute(sa.select(t.asked).where(t.asked.c.id == request_id)).one_or_none()
+        return None if row is None else _asked(row)
+
+    def last_asked(self, limit: int = 100, *, unsettled: bool = False) -> list[Asked]:
+        """What was asked last, the newest first; `unsettled` is what waits to be done, or to be told of."""
+        c = t.asked.c
+        query = sa.select(t.asked).order_by(c.at.desc(), c.id).limit(limit)
+        if unsettled:
+            query = query.where(sa.or_(c.state == "accepted", c.answer.is_(None)))
+        with self._read() as connection:
+            return [_asked(row) for row in connection.execute(query)]
+
+    @contextmanager
+    def share(self, claims: Mapping[tuple[str, int], int], now: datetime) -> Iterator[Transaction]:
+        """One transaction of a learner that does not lead, under the epochs of the partitions that it joins.
+
+        It takes turns with the leader's transactions: what is read of the store within it is what the leader left.
+        Nothing of what only the leader decides may be written in it.
+
+        Raises:
+            Superseded: another learner has one of the partitions now.
+            RetryLater: nobody has ever led, or the database is away or locked; nothing was kept.
+        """
+        with self._write() as connection:
+            epoch = _epoch(connection, "learner")
+            if epoch is None:
+                raise RetryLater("no learner has led yet")
+            tx = Transaction(self, connection, epoch, now)
+            tx.hold(claims)
+            yield tx
+
+    def inbox(self, limit: int = 1_000) -> list[Received]:
+        """What learners that do not lead have read and left to the leader, in the order in which they left it."""
+        with self._read() as connection:
+            rows = connection.execute(sa.select(t.inbox).order_by(t.inbox.c.id).limit(limit))
+            return [
+                Received(
+                    row.id,
+                    Record(
+                        topic=row.topic,
+                        partition=row.partition,
+                        offset=row.offset,
+                        key=row.key,
+                        value=row.value,
+                        headers=tuple((name, bytes.fromhex(value)) for name, value in row.headers),
+                        timestamp_ms=row.timestamp_ms,
+                    ),
+                )
+                for row in rows
+            ]
+
+    def inbox_span(self) -> int:
+        """How many messages lie in the inbox, at most: ids that were given out in vain count as well."""
+        c = t.inbox.c.id
+        with self._read() as connection:
+            low, high = connection.execute(sa.select(sa.func.min(c), sa.func.max(c))).one()
+            return 0 if low is None else int(high - low + 1)
 
     def offsets(self) -> dict[tuple[str, int], int]:
         """By (topic, partition), the offset of the next message to read."""
@@ -1127,6 +1249,43 @@ class Transaction:
             ],
         )
 
+    def hold(self, claims: Mapping[tuple[str, int], int]) -> None:
+        """Keep (topic, partition)s until the transaction ends.
+
+        Raises:
+            Superseded: another learner has claimed one of them since.
+        """
+        for where, epoch in sorted(claims.items()):
+            found = _epoch(self._connection, _scope(where))
+            if found != epoch:
+                raise Superseded(f"{where[0]}/{where[1]} is owned under epoch {found}, this learner's is {epoch}")
+
+    def leave_to_leader(self, records: Iterable[Record]) -> None:
+        """Put messages into the inbox, for the leader to join."""
+        rows = [
+            {
+                "topic": record.topic,
+                "partition": record.partition,
+                "offset": record.offset,
+                "key": record.key,
+                "value": record.value,
+                "headers": [[name, (value or b"").hex()] for name, value in record.headers],
+                "timestamp_ms": record.timestamp_ms,
+            }
+            for record in records
+        ]
+        if rows:
+            self._connection.execute(sa.insert(t.inbox), rows)
+
+    def clear_inbox(self, ids: Iterable[int]) -> None:
+        """Forget messages of the inbox: they are joined in this transaction."""
+        for chunk in _chunks(sorted(ids)):
+            self._connection.execute(sa.delete(t.inbox).where(t.inbox.c.id.in_(chunk)))
+
+    def served_among(self, keys: Iterable[EventKey]) -> set[EventKey]:
+        """Those of the events whose prediction is in the join index as this transaction sees it."""
+        return {(row.stream, row.event_id) for row in _rows(self._connection, t.served, keys, ())}
+
     def record(self, joined: Joined) -> None:
         """Keep what was joined: served rows, label rows, scores, and the class names that are new."""
         put(
@@ -1536,6 +1695,21 @@ class Transaction:
         """Keep one small fact, such as that learning is paused; it replaces what was kept under the name."""
         put(self._connection, t.meta, [{"name": f"note/{name}", "value": value}])
 
+    def keep_asked(self, asked: Asked) -> None:
+        """Keep what was asked, and what has become of it so far."""
+        row = {
+            "id": asked.id,
+            "digest": asked.digest,
+            "action": asked.action,
+            "stream": asked.stream,
+            "state": asked.state,
+            "who": asked.who,
+            "reason": asked.reason,
+            "answer": asked.answer,
+            "at": micros(asked.at),
+        }
+        put(self._connection, t.asked, [row], update=("state", "answer"))
+
     def send(self, messages: Iterable[Outgoing]) -> None:
         """Put messages into the outbox: they leave once this transaction is kept, at least once, in order."""
         rows = [
@@ -1704,7 +1878,10 @@ class Transaction:
                 sa.or_(r.asked_at < min(horizon, yesterday), sa.and_(_state("waiting"), r.noticed_at < yesterday))
             )
         ).rowcount
-        return Purged(served, too_late, payloads, fixed, ledger, scores, aside, requests)
+        asked = self._connection.execute(
+            sa.delete(t.asked).where(t.asked.c.at < micros(self.now - REQUESTS_KEPT))
+        ).rowcount
+        return Purged(served, too_late, payloads, fixed, ledger, scores, aside, requests, asked)
 
     def _purge_quarantine(self, expired: int, bound: int) -> int:
         c = t.quarantine.c
@@ -1976,6 +2153,10 @@ def _without_event(change: Change) -> Change:
     return Change(change.stream, change.event_id, kept, learned)
 
 
+def _scope(where: tuple[str, int]) -> str:
+    return f"{where[0]}/{where[1]}"
+
+
 def _epoch(connection: sa.Connection, scope: str) -> int | None:
     """The epoch in force; its row is held until the transaction ends."""
     return connection.scalar(sa.select(t.owners.c.epoch).where(t.owners.c.scope == scope).with_for_update())
@@ -2031,6 +2212,10 @@ def _served(row: Any) -> Served:
         predicted_at=moment(row.predicted_at),
         too_late=row.too_late,
     )
+
+
+def _asked(row: Any) -> Asked:
+    return Asked(row.id, row.digest, row.action, row.stream, row.state, row.who, row.reason, moment(row.at), row.answer)
 
 
 def _state(state: Literal["waiting", "open", "answered"]) -> sa.ColumnElement[bool]:

@@ -148,6 +148,7 @@ class KafkaReader:
             back at once instead of after the session timeout. None for a dynamic member.
         starts: where to begin on partitions that were just assigned, for a reader whose offsets are kept elsewhere
             than in Kafka; partitions it does not name begin at their beginning.
+        assigned: told of partitions that were just assigned, before `starts` is asked.
     """
 
     def __init__(
@@ -158,9 +159,10 @@ class KafkaReader:
         settings: BatchSettings,
         member_id: str | None = None,
         starts: Callable[[Sequence[Partition]], Mapping[Partition, int]] | None = None,
+        assigned: Callable[[Sequence[Partition]], None] | None = None,
     ) -> None:
         self.settings = settings
-        self._starts = starts
+        self._starts, self._assigned = starts, assigned
         self._next: dict[Partition, int] = {}
         self._begun: dict[Partition, int] = {}
         self._held: set[Partition] = set()
@@ -282,7 +284,10 @@ class KafkaReader:
             if high >= 0:
                 # Before its first message a partition is read up to where it was left, and not from its beginning.
                 read = self._next.get(partition, self._begun.get(partition, max(low, 0)))
-                lag[topic] = lag.get(topic, 0) + max(0, high - read)
+                # The end counts the markers of transactions, which are never read: only the client's position passes
+                # them. Until the first message it has none.
+                (at,) = self.consumer.position([TopicPartition(topic, number)])
+                lag[topic] = lag.get(topic, 0) + max(0, high - max(read, at.offset))
         return lag
 
     def holds(self) -> bool:
@@ -319,6 +324,8 @@ class KafkaReader:
         self._held.update((p.topic, p.partition) for p in partitions)
         for p in partitions:
             self._next.pop((p.topic, p.partition), None)
+        if self._assigned is not None:
+            self._assigned([(p.topic, p.partition) for p in partitions])
         if self._starts is not None:
             starts = self._starts([(p.topic, p.partition) for p in partitions])
             for p in partitions:

@@ -77,7 +77,8 @@ class Radius:
         answers: predictions by suspects, by (version, class); a class of None is no class.
         first: when the first of them was made.
         last: when the last was.
-        corrected: how many answers were corrected already.
+        corrections: how many answers were corrected already, by the version that they were of.
+        by: the revisions that corrected them.
         open: by where the event lies, what is still to be corrected, in the order of the log.
     """
 
@@ -85,13 +86,19 @@ class Radius:
     answers: Counter[tuple[str, str | None]] = field(default_factory=Counter)
     first: datetime | None = None
     last: datetime | None = None
-    corrected: int = 0
+    corrections: Counter[str] = field(default_factory=Counter)
+    by: Counter[str] = field(default_factory=Counter)
     open: dict[tuple[str, int, int], Open] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         """Predictions by suspects."""
         return self.answers.total()
+
+    @property
+    def corrected(self) -> int:
+        """Answers that were corrected already."""
+        return self.corrections.total()
 
 
 @dataclass
@@ -226,19 +233,30 @@ def survey(
             radius.first, radius.last = min(radius.first or made, made), max(radius.last or made, made)
             # A repeat after a crash, or a correction by one that is a suspect itself by now.
             radius.open[where] = Open(found.event_id, found.model_version, found.label)
-        elif found.supersedes is not None and radius.open.pop(where, None) is not None:
-            radius.corrected += 1
+        elif found.supersedes is not None and (before := radius.open.pop(where, None)) is not None:
+            radius.corrections[before.version.partition(".")[0]] += 1
+            radius.by[found.model_version] += 1
     return radius
 
 
-def since(search: Search, topic: str, at: datetime) -> Iterator[Record]:
-    """The messages of a topic from a moment on, partition by partition.
+def since(search: Search, topic: str, at: datetime, most: int | None = None) -> tuple[Iterator[Record], int]:
+    """The messages of a topic from a moment on, partition by partition, and how many older ones of them are left out.
+
+    Args:
+        most: how many are read in all, the newest of each partition; None reads all.
 
     Raises:
         RetryLater: the broker does not answer.
     """
-    for partition, (start, end) in sorted(search.starts(topic, int(at.timestamp() * 1000)).items()):
-        yield from search.between(topic, partition, start, end)
+    spans = search.starts(topic, int(at.timestamp() * 1000))
+    share = None if most is None else most // max(1, len(spans))
+    firsts = {part: start if share is None else max(start, end - share) for part, (start, end) in spans.items()}
+    records = (
+        record
+        for part, first in sorted(firsts.items())
+        for record in search.between(topic, part, first, spans[part][1])
+    )
+    return records, sum(first - spans[part][0] for part, first in firsts.items())
 
 
 class Reissue:

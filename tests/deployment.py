@@ -88,7 +88,7 @@ class Deployment:
     def start_both(self) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
         """A worker and a learner, both ready."""
         learner, worker = self.start("learner"), self.start("worker")
-        until(lambda: self.ready(self.learner_port) and self.ready(self.worker_port), seconds=90)
+        until(lambda: self.ready(self.learner_port) and self.ready(self.worker_port))
         return worker, learner
 
     def ready(self, port: int) -> bool:
@@ -115,15 +115,26 @@ class Deployment:
         return _ask(urllib.request.Request(f"http://127.0.0.1:{port}{path}"))
 
     def status(self, stream: str) -> dict[str, Any]:
-        """What the learner says of a stream."""
-        code, body = self.get(self.learner_port, f"/streams/{stream}")
-        assert code == 200, body
-        found: dict[str, Any] = body
+        """What the learner says of a stream, once it answers."""
+        found: dict[str, Any] = self._told(f"/streams/{stream}")
         return found
 
     def versions(self, stream: str) -> dict[str, dict[str, Any]]:
         """The stream's versions by name."""
-        return {row["version"]: row for row in self.get(self.learner_port, f"/streams/{stream}/versions")[1]}
+        return {row["version"]: row for row in self._told(f"/streams/{stream}/versions")}
+
+    def _told(self, path: str) -> Any:
+        """A page of the learner; one that is busy, or starts again, is asked until it answers."""
+        answers: list[Any] = []
+
+        def answered() -> bool:
+            code, body = self.get(self.learner_port, path)
+            if code == 200:
+                answers.append(body)
+            return bool(answers)
+
+        until(answered)
+        return answers[0]
 
     def ask(self, stream: str, action: str, **fields: Any) -> tuple[int, dict[str, Any]]:
         """A control call by HTTP."""
@@ -177,7 +188,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _ask(request: urllib.request.Request) -> tuple[int, Any]:
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             body = answer.read()
             return answer.status, json.loads(body) if body[:1] in b"{[" else body.decode()
     except urllib.error.HTTPError as error:

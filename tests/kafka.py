@@ -1,4 +1,4 @@
-"""A real Apache Kafka for tests: one node, started from its jars, stopped or killed at will.
+"""A real Apache Kafka for tests: one node or three, started from its jars, stopped or killed at will.
 
 Needs Java 17 or later and, the first time, Maven: the jars named in `tests/kafka/pom.xml` are fetched once
 into `.cache/kafka` under the repository. Import it as `tests.kafka`; plain `kafka` is kafka-python.
@@ -39,7 +39,9 @@ from stream.events import Headers, Record
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 POM = Path(__file__).resolve().parent / "kafka" / "pom.xml"
-START_SECONDS = 90.0
+START_SECONDS = 120.0
+PATIENCE = 120.0
+"""Seconds for an answer of a broker on a machine that is busy with others."""
 
 FULL_SPEED = ("-Xmx512m",)
 QUICK_START = (*FULL_SPEED, "-XX:TieredStopAtLevel=1")
@@ -110,6 +112,8 @@ class KafkaBroker:
         java_options: options of the Java machine; a benchmark gives `FULL_SPEED`.
         proxied: ports (listens, tells) of one more plain listener, whose clients are told to come by the second port,
             where a proxy is to be.
+        node: its number in a cluster.
+        cluster: the ports of all nodes, in order, where it is one of several; see `KafkaCluster`.
     """
 
     def __init__(
@@ -120,14 +124,19 @@ class KafkaBroker:
         settings: Mapping[str, str] | None = None,
         java_options: Sequence[str] = QUICK_START,
         proxied: tuple[int, int] | None = None,
+        node: int = 1,
+        cluster: Sequence[tuple[int, int, int]] = (),
     ) -> None:
         self.directory = directory
+        self._node = node
+        self._cluster = tuple(cluster)
         self._proxied = proxied
         self.sasl = sasl
         self.log = directory / "broker.log"
         self._settings = dict(settings or {})
         self._java_options = tuple(java_options)
-        self._ports: tuple[int, int, int] | None = None
+        self._ports: tuple[int, int, int] | None = self._cluster[node - 1] if self._cluster else None
+        self._formatted = False
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -169,23 +178,16 @@ class KafkaBroker:
             KafkaUnavailable: Java or Maven is missing.
             KafkaFailed: it ended, or did not answer in time.
         """
-        if self.running:
-            return self
-        libraries = jars()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        first = self._ports is None
+        first = not self._formatted
         for attempt in range(3):
-            if first:
-                self._ports = free_ports()
-                self._write_settings(self._ports)
-                self._format(libraries)
             try:
-                self._launch(libraries)
+                self._await(self._begin())
                 return self
             except KafkaFailed as failure:
                 # A port can be taken between the moment it was found free and Kafka's own bind.
-                if not (first and "Address already in use" in str(failure) and attempt < 2):
+                if self._cluster or not (first and "Address already in use" in str(failure) and attempt < 2):
                     raise
+                self._ports, self._formatted = None, False
         raise AssertionError("unreachable")
 
     def stop(self, seconds: float = 20) -> None:
@@ -219,11 +221,11 @@ class KafkaBroker:
     def create_topic(self, name: str, partitions: int = 1, config: Mapping[str, str] | None = None) -> str:
         """Create a topic, wait until it can be written to, and return its name."""
         admin = AdminClient(self.client())
-        created = admin.create_topics([NewTopic(name, partitions, 1, config=dict(config or {}))])
-        created[name].result(30)
-        deadline = time.monotonic() + 30
+        created = admin.create_topics([NewTopic(name, partitions, -1, config=dict(config or {}))])
+        created[name].result(PATIENCE)
+        deadline = time.monotonic() + PATIENCE
         while True:
-            metadata = admin.list_topics(name, timeout=10).topics[name]
+            metadata = admin.list_topics(name, timeout=30).topics[name]
             led = [p for p in metadata.partitions.values() if p.leader >= 0]
             if metadata.error is None and len(led) == partitions:
                 return name
@@ -235,7 +237,7 @@ class KafkaBroker:
         """Delete topics."""
         admin = AdminClient(self.client())
         for future in admin.delete_topics(list(names)).values():
-            future.result(30)
+            future.result(PATIENCE)
 
     def produce(
         self, topic: str, messages: Iterable[Outgoing], *, partition: int | None = None, timestamp_ms: int = 0
@@ -273,7 +275,7 @@ class KafkaBroker:
                 headers=list(sent[index]),
             )
             producer.poll(0)
-        left = producer.flush(30)
+        left = producer.flush(PATIENCE)
         if wrong or left:
             raise KafkaException(wrong[0] if wrong else KafkaError(KafkaError._TIMED_OUT))
         return [found[index] for index in range(len(sent))]
@@ -283,7 +285,7 @@ class KafkaBroker:
         topic: str,
         isolation: Literal["read_committed", "read_uncommitted"] = "read_committed",
         *,
-        timeout: float = 30,
+        timeout: float = PATIENCE,
     ) -> list[Record]:
         """Everything in the topic now, by partition and then by offset."""
         return self._read(topic, isolation, None, timeout)
@@ -294,7 +296,7 @@ class KafkaBroker:
         count: int,
         isolation: Literal["read_committed", "read_uncommitted"] = "read_committed",
         *,
-        timeout: float = 30,
+        timeout: float = PATIENCE,
     ) -> list[Record]:
         """Wait until the topic holds at least `count` messages and return them as `consume_all` does.
 
@@ -305,7 +307,7 @@ class KafkaBroker:
 
     def partitions(self, topic: str) -> list[int]:
         """The topic's partitions, in order."""
-        found = AdminClient(self.client()).list_topics(topic, timeout=10).topics[topic]
+        found = AdminClient(self.client()).list_topics(topic, timeout=30).topics[topic]
         if found.error is not None:
             raise KafkaException(found.error)
         return sorted(found.partitions)
@@ -325,7 +327,7 @@ class KafkaBroker:
         # Asked through a consumer that joins nothing: the admin client (2.16) crashes when it is asked often.
         asker = Consumer({**self.client(), "group.id": group, "enable.auto.commit": False})
         asked = [TopicPartition(topic, p) for p in self.partitions(topic)]
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + PATIENCE
         try:
             while True:
                 try:
@@ -344,7 +346,7 @@ class KafkaBroker:
         """Drop what lies before an offset at once, as the end of a retention time would."""
         admin = AdminClient(self.client())
         for future in admin.delete_records([TopicPartition(topic, partition, before)]).values():
-            future.result(30)
+            future.result(PATIENCE)
 
     # How
 
@@ -354,7 +356,7 @@ class KafkaBroker:
         # An admin client that is collected takes its unanswered futures with it.
         admin = AdminClient(self.client())
         answers = admin.list_offsets(asked, isolation_level=level)
-        return {place.partition: future.result(30).offset for place, future in answers.items()}
+        return {place.partition: future.result(PATIENCE).offset for place, future in answers.items()}
 
     def _read(self, topic: str, isolation: str, count: int | None, timeout: float) -> list[Record]:
         consumer = Consumer(
@@ -396,8 +398,10 @@ class KafkaBroker:
         host = "localhost" if self.sasl else "127.0.0.1"
         lines = {
             "process.roles": "broker,controller",
-            "node.id": "1",
-            "controller.quorum.voters": f"1@127.0.0.1:{controller}",
+            "node.id": str(self._node),
+            "controller.quorum.voters": ",".join(
+                f"{node}@127.0.0.1:{its}" for node, (_, _, its) in enumerate(self._cluster or (ports,), 1)
+            ),
             "listeners": f"CLIENT://127.0.0.1:{public},INTERNAL://127.0.0.1:{internal},"
             f"CONTROLLER://127.0.0.1:{controller}",
             "advertised.listeners": f"CLIENT://{host}:{public},INTERNAL://127.0.0.1:{internal}",
@@ -467,7 +471,17 @@ class KafkaBroker:
         if done.returncode:
             raise KafkaFailed(f"kafka-storage format failed:\n{done.stdout.decode()}{done.stderr.decode()}")
 
-    def _launch(self, libraries: Path) -> None:
+    def _begin(self) -> int:
+        """Start its process where none runs; returns how long its log was before."""
+        if self.running:
+            return self.log.stat().st_size
+        libraries = jars()
+        if not self._formatted:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._ports = self._ports or free_ports()
+            self._write_settings(self._ports)
+            self._format(libraries)
+            self._formatted = True
         with self.log.open("ab") as log:
             before = log.tell()
             self._process = subprocess.Popen(
@@ -476,6 +490,10 @@ class KafkaBroker:
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+        return before
+
+    def _await(self, before: int) -> None:
+        assert self._process is not None
         deadline = time.monotonic() + START_SECONDS
         while not self._answers():
             ended = self._process.poll()
@@ -493,6 +511,70 @@ class KafkaBroker:
             return bool(AdminClient({**self.client(), "log_level": 0}).list_topics(timeout=2).brokers)
         except (OSError, KafkaException):
             return False
+
+
+class KafkaCluster(KafkaBroker):
+    """Three nodes, each broker and controller: every topic has three copies, and two must have what is acknowledged.
+
+    Asked for its topics it answers as one broker does.
+
+    Args:
+        directory: where the nodes have theirs.
+        proxied: for each node what `KafkaBroker` takes; None for no such listeners.
+    """
+
+    SIZE = 3
+
+    def __init__(self, directory: Path, *, proxied: Sequence[tuple[int, int]] | None = None) -> None:
+        super().__init__(directory)
+        settings = {
+            "default.replication.factor": "3",
+            "min.insync.replicas": "2",
+            "offsets.topic.replication.factor": "3",
+            "transaction.state.log.replication.factor": "3",
+            "transaction.state.log.min.isr": "2",
+            "share.coordinator.state.topic.replication.factor": "3",
+            "share.coordinator.state.topic.min.isr": "2",
+        }
+        ports = [free_ports() for _ in range(self.SIZE)]
+        self.nodes = {
+            node: KafkaBroker(
+                directory / f"node-{node}",
+                settings=settings,
+                proxied=proxied[node - 1] if proxied else None,
+                node=node,
+                cluster=ports,
+            )
+            for node in range(1, self.SIZE + 1)
+        }
+
+    @property
+    def bootstrap(self) -> str:
+        return ",".join(node.bootstrap for node in self.nodes.values())
+
+    @property
+    def running(self) -> bool:
+        return all(node.running for node in self.nodes.values())
+
+    def start(self) -> KafkaCluster:
+        """Start the nodes that do not run, all at once, since one alone has no majority, and wait for them."""
+        begun = {node: node._begin() for node in self.nodes.values()}
+        for node, before in begun.items():
+            node._await(before)
+        return self
+
+    def stop(self, seconds: float = 20) -> None:
+        # In good order a node hands its partitions over first, and the last one has nobody to hand them to.
+        self.kill()
+
+    def kill(self) -> None:
+        for node in self.nodes.values():
+            node.kill()
+
+    def leader(self, topic: str, partition: int) -> int:
+        """The number of the node that leads a partition; -1 while none does."""
+        found = AdminClient({**self.client(), "log_level": 0}).list_topics(topic, timeout=30).topics[topic]
+        return found.partitions[partition].leader if found.error is None else -1
 
 
 def jars() -> Path:
@@ -533,6 +615,11 @@ def jars() -> Path:
             if not folder.is_dir():
                 raise
     return folder
+
+
+def free_port() -> int:
+    """A port that nothing listens on, and that no outgoing connection takes before its process listens."""
+    return free_ports()[0]
 
 
 def free_ports() -> tuple[int, int, int]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import psycopg
 
-from stream.service import free_port
+from tests.kafka import free_port
 
 START_SECONDS = 60.0
 USER = "trimtab"
@@ -107,7 +107,7 @@ class PostgresServer:
         assert self._process is not None
         # SIGQUIT is its immediate shutdown: after kill -9 of the first process the others would outlive it for a while.
         self._process.send_signal(signal.SIGQUIT)
-        self._process.wait(30)
+        self._process.wait(120)
 
     def stop(self) -> None:
         """End the server and delete its files."""

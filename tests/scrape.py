@@ -12,7 +12,7 @@ class Scrape:
     """The samples of one scrape of the process on `port` of this machine."""
 
     def __init__(self, port: int) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=120) as answer:
             families = text_string_to_metric_families(answer.read().decode())
             self._samples = [sample for family in families for sample in family.samples]
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], bool], seconds: float = 60, every: float = 0.1) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120, every: float = 0.1) -> None:
     """Return once `condition()` holds; fail the test when it does not within `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():

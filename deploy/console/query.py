@@ -6,6 +6,7 @@ Nothing here changes anything. Every answer is bounded, whatever there is: so ma
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -20,7 +21,9 @@ from deploy.console import curves
 from deploy.console.watch import Neighbour, Watcher, gauge
 from deploy.explain import Explainer, readable, told_letter
 from deploy.messages import letter, read_at
+from deploy.rollback import Blast
 from learner.app import DRIFT_KINDS, Parts
+from learner.control import Refused
 from learner.registry import BrokenVersion
 from monitoring.drift import Kind
 from monitoring.metrics import Metrics
@@ -42,6 +45,11 @@ SHOWN_CHANNELS = 32
 SHOWN_POINTS = 400
 LOOKED_AT = 10_000
 """Messages of a part of a topic that an explanation looks through: a page is not waited for."""
+COUNTED = 20_000
+"""Predictions that are read to say how far versions reached."""
+COUNT_KEPT_SECONDS = 15.0
+"""How long that holds for whoever asks next."""
+SHOWN_CLASSES = 12
 SILENT_SECONDS = 60.0
 KEPT_SECONDS = 2.0
 ENOUGH = 100
@@ -81,6 +89,8 @@ class Query:
         guarded: whether a token is asked for.
         metrics: the learner's.
         explainer: made of the learner's parts; explains events.
+        leaving: how far what is left by going back has reached: of the parts, a stream, the version to go back to
+            (None: the one before) and how many predictions may be read.
     """
 
     def __init__(
@@ -94,8 +104,10 @@ class Query:
         guarded: bool,
         metrics: Metrics,
         explainer: Callable[[Parts], Explainer],
+        leaving: Callable[[Parts, str, str | None, int], Blast],
     ) -> None:
-        self._explainer = explainer
+        self._explainer, self._leaving = explainer, leaving
+        self._counted: dict[tuple[str, str], tuple[float, dict[str, Any]]] = {}
         self._parts, self._watcher, self._health, self._kafka = parts, watcher, health, kafka
         self._topics, self._kinds, self._guarded = topics, kinds, guarded
         self._kept: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -176,6 +188,28 @@ class Query:
             found["verdict"]["classes"] = sorted(
                 found["verdict"]["classes"], key=lambda one: (one["outcome"] != "worse", one["label"])
             )[:200]
+        return found
+
+    def radius(self, name: str, target: str) -> dict[str, Any]:
+        """How far the versions reached that a rollback would leave; not for several threads at once.
+
+        Args:
+            target: the version to go back to, or `previous`.
+        """
+        parts, key, now = self._opened(name), (name, target), time.monotonic()
+        if not re.fullmatch(r"v[0-9]{1,9}|previous", target):
+            raise Missing(f"{target[:100]!r} is no version such as v12")
+        self._counted = {one: kept for one, kept in self._counted.items() if now < kept[0]}
+        kept = self._counted.get(key)
+        if kept is not None and kept[1]["in_service"] == parts.learners[name].serving.name:
+            return kept[1]
+        try:
+            found = self._leaving(parts, name, None if target == "previous" else target, COUNTED).as_json()
+        except Refused as error:
+            raise Missing(str(error)) from None
+        found["more_classes"] = max(0, len(found["classes"]) - SHOWN_CLASSES)
+        found["classes"] = found["classes"][:SHOWN_CLASSES]
+        self._counted[key] = time.monotonic() + COUNT_KEPT_SECONDS, found
         return found
 
     def unlabelled(self, name: str) -> list[dict[str, Any]]:

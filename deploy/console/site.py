@@ -12,7 +12,7 @@ import gzip
 import hashlib
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Protocol
@@ -55,6 +55,7 @@ class Answers(Protocol):
     def unlabelled(self, name: str) -> list[dict[str, Any]]: ...
     def requests(self, name: str) -> dict[str, Any]: ...
     def event(self, name: str, event_id: str) -> dict[str, Any]: ...
+    def radius(self, name: str, target: str) -> dict[str, Any]: ...
     def explain(self, name: str, event_id: str) -> dict[str, Any]: ...
     def letters(self, reason: str | None) -> dict[str, Any]: ...
     def letter(self, place: str) -> dict[str, Any]: ...
@@ -93,10 +94,13 @@ def serve(shell: Shell, query: Answers, watcher: Runs) -> None:
     """Add the console's pages to a process, and let the watcher run as long as the process does."""
     files = assets()
     reading = ThreadPoolExecutor(2, thread_name_prefix="console-read")
+    # Reads a topic for a second or so: one at a time, and nobody else waits for it.
+    counting = ThreadPoolExecutor(1, thread_name_prefix="console-count")
 
     async def end() -> None:
         await asyncio.get_running_loop().run_in_executor(None, watcher.stop)
-        reading.shutdown(wait=False, cancel_futures=True)
+        for pool in (reading, counting):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # First of all, for the learner's parts are closed by what comes after.
     shell.draining.insert(0, end)
@@ -108,10 +112,10 @@ def serve(shell: Shell, query: Answers, watcher: Runs) -> None:
         async def on_start(self) -> None:
             watcher.start()
 
-    async def answer(view: Any, request: Any, work: Callable[[], Any]) -> Any:
+    async def answer(view: Any, request: Any, work: Callable[[], Any], by: Executor = reading) -> Any:
         loop = asyncio.get_running_loop()
         try:
-            return told(shell, view, await loop.run_in_executor(reading, work))
+            return told(shell, view, await loop.run_in_executor(by, work))
         except Missing as error:
             return told(shell, view, {"error": str(error)}, 404)
         except TrimtabError as error:
@@ -148,13 +152,15 @@ def serve(shell: Shell, query: Answers, watcher: Runs) -> None:
                 case ["api", "letters"]:
                     reason = request.query.get("reason")
                     return await answer(self, request, lambda: query.letters(reason))
-                case ["api", "event" | "explain" | "letter", *_] if not shell.authorised(request):
-                    # What is in an event is shown to those only who may act.
+                case ["api", "event" | "explain" | "letter" | "radius", *_] if not shell.authorised(request):
+                    # What is in an event, and what costs a topic's reading, is for those only who may act.
                     return told(shell, self, {"error": "the bearer token is missing or wrong"}, 401)
                 case ["api", "event", name, event_id]:
                     return await answer(self, request, lambda: query.event(name, event_id))
                 case ["api", "explain", name, event_id]:
                     return await answer(self, request, lambda: query.explain(name, event_id))
+                case ["api", "radius", name, target]:
+                    return await answer(self, request, lambda: query.radius(name, target), counting)
                 case ["api", "letter", place]:
                     return await answer(self, request, lambda: query.letter(place))
                 case ["api", "who"]:

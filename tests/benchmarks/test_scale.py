@@ -6,11 +6,14 @@ import json
 import threading
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 from benchmarks import scale, weights
 from benchmarks.forward import STREAM as QUESTIONS
 from benchmarks.latency import endless
 from benchmarks.pace import Ear, Heard, Pace, latencies, wait_for
-from benchmarks.soak import BROKEN_EVERY, POOL, STREAM, misanswered, programme
+from benchmarks.soak import BROKEN_EVERY, POOL, STREAM, Watch, misanswered, programme
 from learner.encoders import payload
 from learner.heads import LinearHead
 from learner.registry import Registry
@@ -69,3 +72,18 @@ def test_an_answer_by_another_revision_than_it_names_is_found(tmp_path: Path) ->
     assert misanswered(plan, answers(first.name, first.encoder, first.head)) == []
     assert misanswered(plan, answers(first.name, second.encoder, second.head)) != []
     assert len(misanswered(plan, answers("v1.1000001", first.encoder, first.head))) == POOL
+
+
+def test_growth_is_told_from_noise() -> None:
+    """A slope without its error makes a leak of every restless number, and of a leak an accident."""
+    noise = np.random.default_rng(0).normal(0, 10, 400)
+    watch = Watch(pid=0, port=0, every=1)
+    watch.samples["restless"] = [(9.0 * n, 300 + noise[n]) for n in range(400)]
+    watch.samples["leaks"] = [(9.0 * n, 300 + n / 4 + noise[n]) for n in range(400)]
+    early, late, slope, error = watch.growth("restless")
+    assert abs(slope) < 3 * error
+    assert abs(late - early) < 10
+    early, late, slope, error = watch.growth("leaks")
+    assert slope == pytest.approx(100, abs=3 * error)
+    assert slope > 10 * error
+    assert late - early > 40

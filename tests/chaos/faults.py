@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.driver import STREAM
-from tests.chaos.field import LEARNER, SESSION_SECONDS, Field
+from tests.chaos.field import LEARNER, PARTITIONS, SESSION_SECONDS, Field
+from tests.kafka import KafkaCluster
 from tests.waiting import until
 
 PATIENCE = 240.0
@@ -38,7 +39,9 @@ MEANS: dict[str, str] = {
     "learner_sent": "the learner kills itself (SIGKILL) with its outbox sent and not yet emptied",
     "learner_replaced": "SIGSTOP of the learner, a second one takes over, then SIGCONT of the first",
     "finetune_killed": "SIGKILL of the process that fine-tunes",
-    "broker_killed": "SIGKILL of Kafka, and a start on the same data after a while",
+    "broker_killed": "SIGKILL of Kafka, of all its nodes, and a start on the same data after a while",
+    "leader_killed": "SIGKILL of the node of three that leads a partition of events; another one leads it before the "
+    "first starts on the same data",
     "network_cut": "a TCP proxy before the broker resets every connection and lets none be made",
     "network_slow": "a TCP proxy before the broker keeps every 16 KiB back, each way",
     "disk_full": "RLIMIT_FSIZE of 4 KiB on the learner or a worker while it runs (prlimit), then none",
@@ -64,7 +67,12 @@ class Chaos:
 
     def kinds(self) -> list[str]:
         """What can be done on this machine."""
-        return [kind for kind in MEANS if kind != "clock_stepped" or self.field.faketime is not None]
+        lacking = set()
+        if self.field.faketime is None:
+            lacking.add("clock_stepped")
+        if not isinstance(self.field.broker, KafkaCluster):
+            lacking.add("leader_killed")
+        return [kind for kind in MEANS if kind not in lacking]
 
     def break_things(self, kinds: Sequence[str], told: Callable[[str], None] = lambda line: None) -> None:
         """Make these faults in this order; after half of them everything may recover, the others come on top."""
@@ -181,22 +189,34 @@ class Chaos:
         self.wait(0, 4)
         self.field.broker.start()
 
+    def leader_killed(self) -> None:
+        cluster = self.field.broker
+        assert isinstance(cluster, KafkaCluster)
+        topic = self.field.deployment.topics.name("telemetry")
+        partition = self.chance.randrange(PARTITIONS)
+        until(lambda: cluster.leader(topic, partition) > 0, seconds=PATIENCE, every=0.5)
+        led = cluster.leader(topic, partition)
+        cluster.nodes[led].kill()
+        until(lambda: cluster.leader(topic, partition) not in (led, -1), seconds=PATIENCE, every=0.5)
+        self.wait(0, 4)
+        cluster.start()
+
     def network_cut(self) -> None:
         role = self.worker()
         served = self.field.ready(role)
-        self.field.proxy.cut()
+        self.field.network.cut()
         try:
             if served and self.chance.random() < 0.5:
                 # Whoever is on shift must see why nothing is answered.
                 until(lambda: not self.field.ready(role), seconds=PATIENCE, every=0.2)
             self.wait(0.2, 6)
         finally:
-            self.field.proxy.heal()
+            self.field.network.heal()
 
     def network_slow(self) -> None:
-        self.field.proxy.slow(self.chance.uniform(0.05, 0.4))
+        self.field.network.slow(self.chance.uniform(0.05, 0.4))
         self.wait(2, 6)
-        self.field.proxy.heal()
+        self.field.network.heal()
 
     def disk_full(self) -> None:
         process = self.field.process(self.chance.choice([LEARNER, LEARNER, "w0"]))

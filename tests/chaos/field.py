@@ -19,12 +19,11 @@ from typing import Any
 
 from confluent_kafka import Consumer, TopicPartition
 
-from stream.service import free_port
 from tests.chaos.driver import STREAM
-from tests.chaos.proxy import Proxy
+from tests.chaos.proxy import Network, Proxy
 from tests.deployment import REPOSITORY, Deployment
 from tests.integration.probe import STREAM as PROBE
-from tests.kafka import KafkaBroker, free_ports
+from tests.kafka import KafkaBroker, KafkaCluster, free_port, free_ports
 from tests.waiting import until
 
 PARTITIONS = 4
@@ -51,6 +50,7 @@ class Field:
         rate: events a second.
         late_seconds: how late a late label may be.
         seed: of what is sent.
+        nodes: of Kafka, 1 or 3.
     """
 
     def __init__(
@@ -62,11 +62,16 @@ class Field:
         rate: float = 20,
         late_seconds: float = 10,
         seed: int = 0,
+        nodes: int = 1,
     ) -> None:
         self.directory, self.guarantee, self.faketime = directory, guarantee, faketime
-        listens, tells, _ = free_ports()
-        self.broker = KafkaBroker(directory / "kafka", proxied=(listens, tells))
-        self.proxy = Proxy(tells, listens)
+        proxied = [free_ports()[:2] for _ in range(nodes)]
+        self.broker = (
+            KafkaBroker(directory / "kafka", proxied=proxied[0])
+            if nodes == 1
+            else KafkaCluster(directory / "kafka", proxied=proxied)
+        )
+        self.network = Network([Proxy(tells, listens) for listens, tells in proxied])
         self.clock = directory / "clock"
         self.journal = directory / "journal.jsonl"
         self.ended: list[Ended] = []
@@ -93,10 +98,10 @@ class Field:
     def _open(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.broker.start()
-        self.proxy.start()
+        self.network.start()
         self.set_clock(0)
         overrides: dict[str, Mapping[str, Any]] = {
-            "kafka": {"bootstrap_servers": f"127.0.0.1:{self.proxy.port}"},
+            "kafka": {"bootstrap_servers": self.network.bootstrap},
             "worker": {"guarantee": self.guarantee, "session_seconds": SESSION_SECONDS, "batch_events": 64},
             "learner": {"batches": {"session_seconds": SESSION_SECONDS, "batch_events": 64}},
         }
@@ -116,8 +121,7 @@ class Field:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        if self.proxy._thread.is_alive():
-            self.proxy.close()
+        self.network.close()
         self.broker.stop()
 
     # Processes
@@ -234,9 +238,9 @@ class Field:
 
     # Its end
 
-    def drain(self, seconds: float = 180) -> None:
+    def drain(self, seconds: float = 240) -> None:
         """Heal what is broken, let everything be sent, answered and learned, and wait for it."""
-        self.proxy.heal()
+        self.network.heal()
         self.set_clock(0)
         assert self.end_driver() == 0, "the driver could not send everything, so the run says nothing"
         self.wait_ready(seconds)

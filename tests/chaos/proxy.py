@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections.abc import Sequence
 
 CHUNK = 16_384
 
@@ -29,7 +30,7 @@ class Proxy:
     def start(self) -> Proxy:
         """Listen."""
         self._thread.start()
-        assert self._listening.wait(10), f"the proxy does not listen on {self.port}"
+        assert self._listening.wait(120), f"the proxy does not listen on {self.port}"
         return self
 
     def cut(self) -> None:
@@ -87,3 +88,37 @@ class Proxy:
                 writer.write(data)
                 await writer.drain()
         writer.transport.abort()
+
+
+class Network:
+    """The proxies before all nodes, which are cut, slowed and healed together."""
+
+    def __init__(self, proxies: Sequence[Proxy]) -> None:
+        self._proxies = tuple(proxies)
+
+    @property
+    def bootstrap(self) -> str:
+        """Where clients come to."""
+        return ",".join(f"127.0.0.1:{proxy.port}" for proxy in self._proxies)
+
+    def start(self) -> None:
+        for proxy in self._proxies:
+            proxy.start()
+
+    def cut(self) -> None:
+        for proxy in self._proxies:
+            proxy.cut()
+
+    def slow(self, seconds: float) -> None:
+        for proxy in self._proxies:
+            proxy.slow(seconds)
+
+    def heal(self) -> None:
+        for proxy in self._proxies:
+            proxy.heal()
+
+    def close(self) -> None:
+        """End those that were started."""
+        for proxy in self._proxies:
+            if proxy._thread.is_alive():
+                proxy.close()

@@ -171,7 +171,7 @@ def test_thousands_of_broken_messages_through_a_real_kafka(
         broken = [(key, value, headers) for key, value, headers in messages("event", 3_000, seed=4)]
         kafka.produce(pipeline.prefix + "events", broken)
         pipeline.start(batch_events=500, member_id=uuid.uuid4().hex)
-        until(lambda: pipeline.committed() == len(broken), seconds=120, every=0.5)
+        until(lambda: pipeline.committed() == len(broken), every=0.5)
         sent = {(r.partition, r.offset): r for r in kafka.consume_all(pipeline.prefix + "events")}
         answered = Counter((p.ref.partition, p.ref.offset) for p in pipeline.answers())
         for letter in pipeline.dead_letters():

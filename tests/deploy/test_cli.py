@@ -50,6 +50,7 @@ COMMANDS = [
     ["topics"],
     ["topics", "create"],
     ["requests"],
+    ["asked"],
     ["quarantine"],
     *(["quarantine", name] for name in ("list", "show", "release", "drop")),
     ["classes"],

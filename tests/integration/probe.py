@@ -61,7 +61,7 @@ def publish(deployment: Deployment, events: Iterable[Telemetry]) -> list[str]:
     events = list(events)
     deployment.publish(*events)
     ids = [event.event_id for event in events]
-    until(lambda: set(ids) <= set(deployment.answered()), seconds=120, every=0.3)
+    until(lambda: set(ids) <= set(deployment.answered()), every=0.3)
     return ids
 
 
@@ -69,7 +69,7 @@ def end(process: subprocess.Popen[bytes]) -> int:
     """End a process in good order; returns its exit code."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    return process.wait(60)
+    return process.wait(120)
 
 
 def logged(deployment: Deployment, process: str) -> str:

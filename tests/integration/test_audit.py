@@ -24,6 +24,7 @@ from stream.events import encode
 from tests.deployment import REPOSITORY, Deployment, label
 from tests.integration.probe import STREAM, deployed, end, publish, window
 from tests.kafka import KafkaBroker
+from tests.scrape import Scrape
 from tests.waiting import until
 
 
@@ -41,11 +42,19 @@ def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> 
         # Read together, a label and its correction teach only what is right in the end.
         until(lambda: made.status("probe")["labels_learned"] == 11)
         made.label(label("probe", "slow-1", "fast"), label("probe", "slow-2", None))
+        until(lambda: labels(made).get("corrected") == 1 and labels(made).get("withdrawn") == 1)
         until(lambda: made.status("probe")["labels_learned"] == 10 and made.status("probe")["scored"] == 10)
         until(lambda: len(made.records("dead_letters")) == 1)
+        # Behind the last prediction lies a marker of its transaction, which nobody reads.
+        until(lambda: Scrape(made.learner_port).total("trimtab_consumer_lag_events") == 0)
         end(worker)
         end(learner)
         yield made
+
+
+def labels(deployment: Deployment) -> dict[str, float]:
+    """Labels by what became of them."""
+    return Scrape(deployment.learner_port).by("trimtab_labels_total", "outcome", stream="probe")
 
 
 def audit(deployment: Deployment, **blocks: Any) -> Audit:

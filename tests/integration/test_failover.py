@@ -13,11 +13,10 @@ from confluent_kafka import Producer
 
 from replay import schema
 from stream.events import encode
-from stream.service import free_port
 from tests.conftest import missing
 from tests.deployment import Deployment, label
 from tests.integration.probe import FREQUENCIES, STREAM, check_head, deployed, end, logged, publish, store_of, window
-from tests.kafka import KafkaBroker
+from tests.kafka import KafkaBroker, free_port
 from tests.postgres import PASSWORD, PostgresServer, PostgresUnavailable
 from tests.scrape import Scrape
 from tests.waiting import until
@@ -60,7 +59,7 @@ class Pair:
 
     def learned(self) -> None:
         """Wait until all that was labelled is learned and announced."""
-        until(lambda: self.deployment.status("handed")["scored"] == len(self.final), seconds=120)
+        until(lambda: self.deployment.status("handed")["scored"] == len(self.final))
         until(lambda: self.deployment.status("handed")["outbox"] == 0)
 
     def teach(self, *numbers: int) -> None:
@@ -116,11 +115,11 @@ def test_a_learner_stands_by_and_takes_over_when_the_leader_is_killed(pair: Pair
     deployment = pair.deployment
     leader, port = pair.start()
     pair.leads(port)
-    until(lambda: deployment.ready(deployment.worker_port), seconds=120)
+    until(lambda: deployment.ready(deployment.worker_port))
     second, other = pair.start()
     pair.teach(*range(4))
     epoch = epoch_of(deployment)
-    until(lambda: "lease" in pair.waits_for(other), seconds=120)
+    until(lambda: "lease" in pair.waits_for(other))
     assert f"epoch {epoch}" in pair.waits_for(other)["lease"]
     assert deployment.get(other, "/livez")[0] == 200
     assert deployment.get(other, "/streams")[0] == 503

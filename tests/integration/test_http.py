@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from stream.service import free_port
 from tests.deployment import REPOSITORY, Deployment
 from tests.integration.probe import STREAM, deployed, logged
-from tests.kafka import KafkaBroker
+from tests.kafka import KafkaBroker, free_port
 from tests.scrape import Scrape
 from tests.waiting import until
 
@@ -34,7 +33,7 @@ def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> 
         made.start("learner")
         made.start("worker")
         made.start("worker")
-        until(lambda: made.ready(made.learner_port), seconds=120)
+        until(lambda: made.ready(made.learner_port))
         yield made
 
 
@@ -142,7 +141,7 @@ def test_two_workers_share_a_host(deployment: Deployment) -> None:
         lines = [line for line in logged(deployment, "worker").splitlines() if "serving on http://" in line]
         return {int(line.partition("serving on http://127.0.0.1:")[2].partition('"')[0]) for line in lines}
 
-    until(lambda: len(ports()) == 2 and all(deployment.ready(port) for port in ports()), seconds=120)
+    until(lambda: len(ports()) == 2 and all(deployment.ready(port) for port in ports()))
     assert all(process.poll() is None for process in deployment.processes)
 
 

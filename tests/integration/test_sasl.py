@@ -63,7 +63,7 @@ def test_the_loop_runs_behind_tls_and_a_password(deployment: Deployment) -> None
     messages = [encode(event) for event in events]
     done = trimtab(deployment, "publish", lines(deployment.directory, "events", messages), "--topic", "telemetry")
     assert done.returncode == 0, done.stderr
-    until(lambda: {event.event_id for event in events} <= set(deployment.answered()), seconds=120)
+    until(lambda: {event.event_id for event in events} <= set(deployment.answered()))
 
     labels = [encode(label("probe", e.event_id, e.event_id.partition("-")[0])) for e in events]
     done = trimtab(deployment, "publish", lines(deployment.directory, "labels", labels), "--topic", "labels")
@@ -78,7 +78,7 @@ def test_the_loop_runs_behind_tls_and_a_password(deployment: Deployment) -> None
         until(lambda: asked[-1].event_id in deployment.answered())
         return deployment.answered()[asked[-1].event_id].label in FREQUENCIES
 
-    until(told, seconds=120, every=0.2)
+    until(told, every=0.2)
 
     done = trimtab(deployment, "predictions", "--format", "json", "--stream", "probe")
     assert done.returncode == 0, done.stderr

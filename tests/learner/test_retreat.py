@@ -8,7 +8,7 @@ import pytest
 
 from learner.control import Refused
 from learner.registry import Champion, HeadRef
-from learner.retreat import SKEW, retreat
+from learner.retreat import SKEW, leaving, retreat
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 DIGEST = "0" * 64
@@ -88,3 +88,38 @@ def test_what_cannot_be_is_refused_in_words(versions: list[str], since: str | da
     """Whoever typed it at three in the morning must see what to type instead."""
     with pytest.raises(Refused, match=why):
         retreat("s", reigns(*versions), stored("v1", 0.1, 0.2), since)
+
+
+@pytest.mark.parametrize(
+    ("history", "target", "found", "left", "since"),
+    [
+        (("v1", "v2"), None, "v1", ["v2"], 1),
+        (("v1", "v2", "v3"), None, "v2", ["v3"], 2),
+        (("v1", "v2", "v3"), "v1", "v1", ["v2", "v3"], 1),
+        # What was put back by hand is left once more, and only what it did since then counts.
+        (("v1", "v2", "v1", "v2"), None, "v1", ["v2"], 3),
+        # One that never served, refused by its exam: only the present one is left for it.
+        (("v1", "v3"), "v2", "v2", ["v3"], 1),
+    ],
+)
+def test_going_back_leaves_all_that_served_since(
+    history: tuple[str, ...], target: str | None, found: str, left: list[str], since: int
+) -> None:
+    """Who is about to roll back is told of these and no others, before it is asked."""
+    way = leaving("s", reigns(*history), target)
+    assert (way.target, list(way.suspects.since), way.began) == (found, left, hour(since))
+    assert way.since == (hour(since) if history[:since].count(left[0]) else hour(since) - SKEW)
+
+
+@pytest.mark.parametrize(
+    ("history", "target", "says"),
+    [
+        ((), None, "no version in service yet"),
+        (("v1",), None, "first version"),
+        (("v1", "v2"), "v2", "is in service"),
+    ],
+)
+def test_there_may_be_nothing_to_leave(history: tuple[str, ...], target: str | None, says: str) -> None:
+    """The first version cannot be rolled back past."""
+    with pytest.raises(Refused, match=says):
+        leaving("s", reigns(*history), target)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from hypothesis import strategies as st
 from replay import schema
 from replay.policy import ReplaySettings
 from replay.store import (
+    REQUESTS_KEPT,
+    Asked,
     LearnerStore,
     NotEmbedded,
     Outgoing,
@@ -229,6 +231,29 @@ def test_a_transaction_that_fails_keeps_nothing(store: LearnerStore) -> None:
     assert store.offsets() == {}
     learner.step(batch)
     assert store.sizes()["examples"] == 1
+
+
+def test_what_was_asked_is_kept_with_its_effect_or_not_at_all(store: LearnerStore) -> None:
+    """A request that looks done and is not is never done; one that is done and does not look so is done twice."""
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    asked = Asked("night-1", "digest", "pause", STREAM, "done", "ann", "noise", now)
+    epoch = store.claim("test", now)
+
+    def fail() -> None:
+        with store.effect_of(asked), store.transaction(epoch, now) as tx:
+            tx.remember("pinned", "v1.1")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert (store.asked("night-1"), store.recall("pinned")) == (None, None)
+    with store.effect_of(asked), store.transaction(epoch, now) as tx:
+        tx.remember("pinned", "v1.1")
+    assert (store.asked("night-1"), store.recall("pinned")) == (asked, "v1.1")
+    assert store.last_asked(unsettled=True) == [asked]
+    with store.transaction(epoch, now + REQUESTS_KEPT + timedelta(seconds=1)) as tx:
+        assert tx.purge().asked == 1
+    assert store.last_asked() == []
 
 
 def test_changes_made_from_an_old_state_are_refused(store: LearnerStore) -> None:

@@ -147,7 +147,7 @@ class Field:
         return TransactionalSender(self.client, f"{self.prefix}reissue")
 
     def open(self) -> Mapping[tuple[str, int, int], object]:
-        return survey(since(self.search, self.predictions, AT), SUSPECTS, DECODER).open
+        return survey(since(self.search, self.predictions, AT)[0], SUSPECTS, DECODER).open
 
     def run(self, sender: object, model: Mended | None = None, **options: object) -> object:
         reissue = Reissue(

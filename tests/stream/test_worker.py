@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from stream.events import Prediction, Record, Report, encode, utc_now
-from stream.service import free_port
-from tests.kafka import KafkaBroker
+from tests.kafka import KafkaBroker, free_port
 from tests.scrape import Scrape
 from tests.waiting import until
 
@@ -118,7 +117,7 @@ def test_a_fault_never_lets_a_later_batch_be_committed(pipeline: Pipeline, stage
         stage = "produce"  # offsets and answers are one transaction: there is no commit apart from it
     pipeline.publish(0, 100)
     worker, _ = pipeline.start(fault=stage, fault_at=4, guarantee=guarantee)
-    assert worker.wait(60) == 1
+    assert worker.wait(120) == 1
     assert pipeline.committed() < 100
     pipeline.start(guarantee=guarantee)
     # A model that breaks while batches of one event come may take a few of them for poison first.
@@ -149,7 +148,7 @@ def test_sigterm_commits_what_was_answered_and_exits_cleanly(pipeline: Pipeline)
     worker, _ = pipeline.start(seconds=0.02)
     until(lambda: pipeline.answered(20))
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 0
+    assert worker.wait(120) == 0
     assert pipeline.committed() == len(pipeline.answers())
     pipeline.start()
     until(lambda: pipeline.answered(200))
@@ -164,7 +163,7 @@ def test_a_second_sigterm_ends_at_once_and_loses_nothing(pipeline: Pipeline) -> 
     worker.send_signal(signal.SIGTERM)
     until(lambda: "finishing what is in flight" in pipeline.log.read_text())
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 128 + signal.SIGTERM
+    assert worker.wait(120) == 128 + signal.SIGTERM
     assert not pipeline.answered(40)
     pipeline.start(guarantee="exactly_once", member_id="w0")
     until(lambda: pipeline.answered(40))
@@ -187,7 +186,7 @@ def test_an_end_that_goes_wrong_is_still_an_end(pipeline: Pipeline) -> None:
     pipeline.publish(0, 20)
     until(lambda: pipeline.answered(20))
     worker.send_signal(signal.SIGTERM)
-    assert worker.wait(60) == 1
+    assert worker.wait(120) == 1
 
 
 def test_bad_messages_are_parked_with_their_bytes_and_the_stream_goes_on(pipeline: Pipeline) -> None:

@@ -4,7 +4,7 @@ import { act, letters, page, read, token } from "./api.js";
 import { because, Choice, Content, Requests } from "./asked.js";
 import { eventPath } from "./event.js";
 import { html, useEffect, useRef, useState } from "./preact.js";
-import { ago, clock, many } from "./words.js";
+import { ago, clock, many, number } from "./words.js";
 
 const LONGEST = 128;
 const WHO = "trimtab-who";
@@ -28,23 +28,57 @@ export const bounded = (most, told) => (event) => {
   }
 };
 
-/** Asks once, with who and why for the audit. `ask`: {title, says, verb, danger, force, run({who, reason, force})}. */
+/** How far the versions reached that a rollback leaves. `found`: as the server counted it, or null while it counts. */
+function Reach({ found, wrong }) {
+  if (wrong) return html`<p class="wrong" role="alert">How far it reached was not counted: ${wrong}. It can be rolled back all the same.</p>`;
+  if (!found) return html`<p role="status">Counting what was answered since…</p>`;
+  const left = Object.keys(found.suspects);
+  const since = Date.parse(found.since) / 1000;
+  const labelled = found.classes.some((one) => one.right || one.wrong);
+  return html`<div class="reach">
+    <p>From <b>${found.in_service}</b> back to <b>${found.target}</b>. It leaves ${left.join(", ")}, in service since ${clock(since)} (${ago(since, Date.now() / 1000)}).</p>
+    ${found.predictions
+      ? html`<p>${left.length > 1 ? "They have" : "It has"} made <b>${found.left_out ? "at least " : ""}${many(found.predictions, "prediction")}</b>, the last at ${clock(Date.parse(found.last) / 1000)}${found.corrected ? `; ${number(found.corrected)} were corrected already` : ""}.
+            ${found.left_out > 0 && ` ${many(found.left_out, "older message")} of the topic were not read; trimtab rollback ${found.stream} --since ${left[0]} --dry-run counts all.`}</p>
+          <div class="scroll" tabindex="0" role="region" aria-label="Predictions by class">
+            <table>
+              <thead><tr><th scope="col">Class</th><th scope="col">Predictions</th>${labelled && html`<th scope="col">Labelled right</th><th scope="col">Labelled wrong</th>`}</tr></thead>
+              <tbody>
+                ${found.classes.map((one) => html`<tr key=${one.class}><th scope="row">${one.class ?? "(no class)"}</th><td>${number(one.predictions)}</td>${labelled && html`<td>${number(one.right)}</td><td>${number(one.wrong)}</td>`}</tr>`)}
+              </tbody>
+            </table>
+          </div>
+          ${found.more_classes > 0 && html`<p class="dim">And ${many(found.more_classes, "more class", "more classes")}.</p>`}
+          <p class="dim">What was answered stays as it is. To correct it afterwards: <code>trimtab rollback ${found.stream} --since ${left[0]} --reissue</code></p>`
+      : html`<p>Of them the topic of predictions has nothing.</p>`}
+  </div>`;
+}
+
+/**
+ * Asks once, with who and why for the audit. `ask`: {title, says, verb, danger, force, reach(), run({who, reason, force}, reached)}.
+ * Where there is a `reach`, nothing can be asked before it is known, or known that it cannot be.
+ */
 export function Ask({ ask, close, done }) {
   const dialog = useRef();
   const [busy, setBusy] = useState(false);
   const [wrong, setWrong] = useState("");
   const [force, setForce] = useState(false);
+  const [reached, setReached] = useState(null);
+  const [uncounted, setUncounted] = useState("");
   useEffect(() => {
     dialog.current.showModal();
+    ask.reach?.().then(setReached, (error) => setUncounted(error.message));
   }, []);
+  const counting = Boolean(ask.reach) && !reached && !uncounted;
   const send = async (event) => {
     event.preventDefault();
+    if (busy || counting) return;
     const form = new FormData(event.target);
     const name = form.get("who").trim();
     localStorage.setItem(WHO, name);
     setBusy(true);
     try {
-      const answer = await ask.run({ who: name, reason: form.get("reason").trim(), ...(ask.force ? { force } : {}) });
+      const answer = await ask.run({ who: name, reason: form.get("reason").trim(), ...(ask.force ? { force } : {}) }, reached);
       done(answer.accepted, answer.message);
       close();
     } catch (error) {
@@ -56,13 +90,14 @@ export function Ask({ ask, close, done }) {
     <form onSubmit=${send}>
       <h2 id="ask-title">${ask.title}</h2>
       <p>${ask.says}</p>
+      ${ask.reach && html`<${Reach} found=${reached} wrong=${uncounted} />`}
       ${ask.force && html`<label class="check"><input type="checkbox" checked=${force} onChange=${(e) => setForce(e.target.checked)} /> ${ask.force}</label>`}
       <label>Why <input name="reason" maxlength="1000" autocomplete="off" autofocus onPaste=${bounded(1000, setWrong)} /></label>
       <label>Who asks <input name="who" maxlength="200" value=${who()} autocomplete="name" onPaste=${bounded(200, setWrong)} /></label>
       <p class="dim">Both are kept on the topic audit.</p>
       ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
       <p class="row">
-        <button type="submit" class=${ask.danger ? "danger" : "main"} disabled=${busy || (ask.force && !force)}>${busy ? "Asking…" : ask.verb}</button>
+        <button type="submit" class=${ask.danger ? "danger" : "main"} disabled=${busy || counting || (ask.force && !force)}>${busy ? "Asking…" : ask.verb}</button>
         <button type="button" onClick=${close}>Cancel</button>
       </p>
     </form>

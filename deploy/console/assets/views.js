@@ -14,7 +14,7 @@ const QUESTIONS = {
   running: "What is running?",
   keeping_up: "Is it keeping up?",
 };
-const LEVELS = { good: ["✓", "good"], look: ["▲", "look"], bad: ["■", "stopped"], none: ["○", "nothing yet"] };
+const LEVELS = { good: ["✓", "good"], look: ["▲", "look"], bad: ["■", "stopped"], none: ["○", "cannot tell"] };
 
 const Level = ({ level }) => html`<span class="level ${level}"><span aria-hidden="true">${LEVELS[level][0]}</span> ${LEVELS[level][1]}</span>`;
 
@@ -29,7 +29,7 @@ export function Overview({ state }) {
           <h2><a href=${path(one.stream)}>${one.stream}</a></h2>
           <p class="dim">${one.kind}; ${one.serving}${one.since ? ` since ${clock(one.since)}` : ""}; last answer ${ago(one.last_prediction, state.at)}</p>
           <dl class="checks">
-            ${one.checks.map((check) => html`<div><dt>${QUESTIONS[check.question]}</dt><dd><${Level} level=${check.level} /> ${check.says}</dd></div>`)}
+            ${one.checks.map((check) => html`<div><dt>${QUESTIONS[check.question]}</dt><dd><${Level} level=${check.level} />: ${check.says}</dd></div>`)}
           </dl>
           ${one.fine_tune.running && html`<${Tuning} tune=${one.fine_tune} />`}
         </article>`,
@@ -130,7 +130,7 @@ function Question({ one, question, children }) {
   const check = one.checks.find((its) => its.question === question);
   return html`<section class="question" aria-labelledby=${`q-${question}`}>
     <h2 id=${`q-${question}`}>${QUESTIONS[question]}</h2>
-    <p><${Level} level=${check.level} /> ${check.says}</p>
+    <p><${Level} level=${check.level} />: ${check.says}</p>
     ${children}
   </section>`;
 }
@@ -203,7 +203,9 @@ function Steering({ one, ask, locked }) {
       says: `To the version that served before ${one.version}, with a head that knows what was learned since. Learning goes on. For another version see Versions.`,
       verb: "Roll back",
       danger: true,
-      run: (given) => act(one.stream, "rollback", { seen: one.serving, ...given }),
+      reach: () => read("radius", one.stream, "previous"),
+      // What was shown is what is done, whoever has acted meanwhile.
+      run: (given, reached) => act(one.stream, "rollback", { seen: one.serving, ...(reached ? { version: reached.target } : {}), ...given }),
     });
   return html`<p class="row steering">
     <button class="main" disabled=${locked} onClick=${retrain}>Retrain…</button>
@@ -267,6 +269,7 @@ function Versions({ one, ask, locked }) {
       says: `Its encoder comes back, with a head that knows what was learned since. ${one.serving} leaves service.`,
       verb: `Roll back to ${row.version}`,
       danger: true,
+      reach: () => read("radius", one.stream, row.version),
       run: (given) => act(one.stream, "rollback", { version: row.version, seen: one.serving, ...given }),
     });
   const number_of = (version) => Number(version.slice(1).split(".")[0]);
