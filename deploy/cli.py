@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 import typer
 from typer.core import TyperGroup
 
-from deploy import cli_begin
+from deploy import cli_begin, cli_files
 from deploy.cli_begin import ColumnOption, columns_given
 from deploy.terminal import ConfigOption, Format, StreamArgument, held_back, only_stream
 from deploy.terminal import end as _end
@@ -117,6 +117,7 @@ ReasonFilter = Annotated[
 
 
 cli_begin.add_to(app)
+cli_files.add_to(app)
 
 
 def main() -> None:

@@ -262,7 +262,7 @@ def publish_lines(
 
 
 def publish_entries(
-    entries: Iterable[Entry], topics: tuple[str, str], publisher: Publisher, decoder: Decoder
+    entries: Iterable[Entry], topics: tuple[str, str], publisher: Publisher | None, decoder: Decoder
 ) -> Iterator[BadLine | None]:
     """Publish what a file's rows came to; yields after each what is wrong with it, or None.
 
@@ -270,6 +270,7 @@ def publish_entries(
 
     Args:
         topics: whole names, of the events and of the labels.
+        publisher: None checks and sends nothing.
         decoder: refuses here what a worker or a learner would make a dead letter.
     """
     for entry in entries:
@@ -287,9 +288,9 @@ def publish_entries(
             where = f"{refusal.field}: " if refusal.field else ""
             yield BadLine(entry.number, f"{where}{refusal.detail}")
             continue
-        if entry.event is not None:
+        if publisher is not None and entry.event is not None:
             publisher.send(topics[0], entry.event.event_id.encode(), event)
-        if entry.label is not None:
+        if publisher is not None and entry.label is not None:
             publisher.send(topics[1], entry.label.event_id.encode(), label)
         yield None
 

@@ -36,6 +36,7 @@ from learner.control import ControlSettings
 from learner.exam import ExamSettings, GuardSettings
 from learner.finetune import FineTuneSettings
 from learner.heads import DEFAULT_WIDTH
+from learner.recency import RecencySettings
 from learner.shadow import ShadowSettings
 from learner.spec import Precision
 from learner.trust import TrustSettings
@@ -322,6 +323,11 @@ class StreamSettings(_Block):
     exam: ExamSettings = ExamSettings()
     guard: GuardSettings = GuardSettings()
     shadow: ShadowSettings = ShadowSettings()
+    recency: RecencySettings | None = Field(
+        default=None,
+        description="let a head in which the newest labels count more answer where it turns out better on live labels; "
+        "`{}` with the defaults, `null` never",
+    )
     drift: DriftSettings = DriftSettings()
     label_requests: AskingSettings = AskingSettings()
     forgetting_budget: float = Field(

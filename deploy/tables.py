@@ -36,8 +36,11 @@ NAMES: Mapping[str, tuple[str, ...]] = {
     "labeller": ("labeller", "labeler", "annotator"),
     "labelled_at": ("labelled_at", "labeled_at"),
     "confidence": ("confidence",),
+    "withdrawn": ("withdrawn",),
 }
 """Columns that are recognised by their names, in any case; the first that is there counts."""
+
+_TRUE, _FALSE = frozenset({"true", "yes", "1"}), frozenset({"false", "no", "0", ""})
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +176,13 @@ def read_events(
 def read_labels(rows: Iterable[Row], stream: str, columns: Mapping[str, str], now: datetime) -> Iterator[Entry]:
     """The labels of a file, for events that were published before.
 
-    A class that is left empty withdraws; where the file says nothing of times, they are given `now`.
+    Names are taken as they stand, blanks at their ends too: they must be those of the store. Only a column `withdrawn`
+    withdraws: an empty class is refused, for in a half-filled sheet it means that nobody has looked yet.
+
+    Args:
+        rows: of a file.
+        columns: see `match_columns`.
+        now: for labels whose time is not in the file.
 
     Raises:
         Misconfigured: the file names no events or no classes.
@@ -183,11 +192,10 @@ def read_labels(rows: Iterable[Row], stream: str, columns: Mapping[str, str], no
             raise Misconfigured(f"no column is called {what}: name it with --column {what}=NAME")
     for row in rows:
         try:
-            event_id = _text(row, columns, "event_id")
-            if row.why or not event_id:
-                yield Entry(row.number, why=row.why or f"{columns['event_id']}: is empty")
+            if row.why:
+                yield Entry(row.number, why=row.why)
                 continue
-            yield Entry(row.number, label=_label(row, stream, event_id, columns, now, withdraw=True))
+            yield Entry(row.number, label=_late_label(row, stream, columns, now))
         except BadCell as wrong:
             yield Entry(row.number, why=str(wrong))
         except ValidationError as error:
@@ -207,7 +215,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, A
     if kind is None:
         raise Misconfigured(f"{path}: the name must end in one of {', '.join(KINDS_OF_FILE)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.building")
+    building = path.with_name(f".building-{path.name}")
     try:
         count = {"csv": _write_csv, "lines": _write_lines, "parquet": _write_parquet}[kind](building, columns, rows)
         building.replace(path)
@@ -277,7 +285,8 @@ def _parquet(path: Path) -> Iterator[Row]:
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> int:
     count = 0
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # Both ends of a line are named, so that a carriage return within a cell is quoted as well.
+        writer = csv.writer(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", lineterminator="\r\n")
         writer.writerow(columns)
         for count, row in enumerate(rows, 1):  # noqa: B007
             writer.writerow(["" if row[name] is None else row[name] for name in columns])
@@ -296,8 +305,8 @@ def _write_parquet(path: Path, columns: Sequence[str], rows: Iterable[Mapping[st
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    numbers = {"confidence": pa.float64()}
-    schema = pa.schema([(name, numbers.get(name, pa.string())) for name in columns])
+    kinds = {"confidence": pa.float64(), "withdrawn": pa.bool_()}
+    schema = pa.schema([(name, kinds.get(name, pa.string())) for name in columns])
     count = 0
     with pq.ParquetWriter(path, schema) as writer:
         for part in _parts(rows, 10_000):
@@ -369,25 +378,46 @@ def _telemetry(
     )
 
 
-def _label(
-    row: Row, stream: str, event_id: str, columns: Mapping[str, str], now: datetime, *, withdraw: bool = False
-) -> Label | None:
-    name = _text(row, columns, "label") or None
-    if name is None and not withdraw:
+def _label(row: Row, stream: str, event_id: str, columns: Mapping[str, str], now: datetime) -> Label | None:
+    name = _text(row, columns, "label")
+    if not name:
         return None
-    confidence = _number(row, columns["confidence"]) if "confidence" in columns else None
     return Label(
         event_id=event_id,
         stream=stream,
         label=name,
         labeller=_text(row, columns, "labeller") or "default",
         labelled_at=_time(row, columns, "labelled_at") or now,
-        confidence=confidence,
+        confidence=_number(row, columns["confidence"]) if "confidence" in columns else None,
+    )
+
+
+def _late_label(row: Row, stream: str, columns: Mapping[str, str], now: datetime) -> Label:
+    event_id, name = _verbatim(row, columns, "event_id"), _verbatim(row, columns, "label")
+    withdrawn = _flag(row, columns["withdrawn"]) if "withdrawn" in columns else False
+    if not event_id:
+        raise BadCell(f"{columns['event_id']}: is empty")
+    if not name and not withdrawn:
+        raise BadCell(f"{columns['label']}: is empty")
+    if name and withdrawn:
+        raise BadCell(f"{columns['withdrawn']}: is true beside a class")
+    return Label(
+        event_id=event_id,
+        stream=stream,
+        label=name or None,
+        labeller=_verbatim(row, columns, "labeller") or "default",
+        labelled_at=_time(row, columns, "labelled_at") or now,
+        confidence=_number(row, columns["confidence"]) if "confidence" in columns else None,
     )
 
 
 def _text(row: Row, columns: Mapping[str, str], what: str) -> str:
-    """A cell as text; empty where it is not there."""
+    """A cell as text, without blanks around it; empty where it is not there."""
+    return _verbatim(row, columns, what).strip()
+
+
+def _verbatim(row: Row, columns: Mapping[str, str], what: str) -> str:
+    """A cell as text; empty where it is not there, or holds nothing but blanks."""
     found = row.values.get(columns[what]) if what in columns else None
     if found is None or (isinstance(found, float) and math.isnan(found)):
         return ""
@@ -395,7 +425,17 @@ def _text(row: Row, columns: Mapping[str, str], what: str) -> str:
         return found.isoformat()
     if isinstance(found, dict | list | bytes):
         raise BadCell(f"{columns[what]}: {type(found).__name__} where text is wanted")
-    return str(found).strip()
+    text = str(found)
+    return text if text.strip() else ""
+
+
+def _flag(row: Row, column: str) -> bool:
+    """A cell as a truth value; empty is false."""
+    found = row.values.get(column)
+    word = "" if found is None else str(found).strip().lower()
+    if word not in _TRUE | _FALSE:
+        raise BadCell(f"{column}: {word[:40]!r} is neither true nor false")
+    return word in _TRUE
 
 
 def _time(row: Row, columns: Mapping[str, str], what: str) -> datetime | None:

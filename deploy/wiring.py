@@ -30,6 +30,7 @@ from stream.batches import KafkaReader, KafkaWriter, TopicTail
 from stream.errors import Misconfigured, Reason
 from stream.events import Decoder, Place, utc_now
 from stream.kafka import check_broker, check_topics
+from stream.secret import read_secret
 from stream.service import Health, Shell
 from stream.worker import Classifier, Parts, Worker
 
@@ -88,14 +89,14 @@ def open_tracing(settings: Settings, service: str) -> Tracing | None:
     """
     if settings.tracing.endpoint is None:
         return None
+    if settings.tracing.token_file is not None:
+        read_secret(settings.tracing.token_file, "tracing.token_file")
     try:
         return Tracing(settings.tracing, service, version("trimtab"))
     except ImportError as error:
         raise Misconfigured(
             f"tracing.endpoint is set, and {error.name} is missing: install trimtab[tracing]"
         ) from error
-    except OSError as error:
-        raise Misconfigured(f"tracing.token_file {settings.tracing.token_file}: {error.strerror}") from error
 
 
 def _trace_to_the_end(shell: Shell, tracing: Tracing | None) -> None:
@@ -557,6 +558,7 @@ def plan_of(settings: Settings, name: str, device: str) -> StreamPlan:
         random_features=stream.random_features,
         guard=stream.guard,
         shadow=stream.shadow,
+        recency=stream.recency,
         budget=stream.exam.budget,
         labels=frozenset(stream.labels),
         max_classes=stream.new_classes.total,

@@ -895,7 +895,10 @@ class LearnerApp:
                 return shell.json(view, {"error": str(error)}, 503)
             return shell.json(view, {"error": none}, 404) if found is None else shell.json(view, found)
 
-        async def read(view: Any, stream: str, what: str, query: Mapping[str, str] | None = None) -> Any:
+        async def read(view: Any, request: Any, stream: str, what: str) -> Any:
+            foreign = shell.foreign(request)
+            if foreign:
+                return shell.json(view, {"error": foreign}, 403)
             if not learner._opened.is_set():
                 return shell.json(view, {"error": "starting"}, 503)
             if stream not in learner.parts.learners:
@@ -905,12 +908,15 @@ class LearnerApp:
             return await ask(
                 view,
                 lambda: (
-                    learner._quarantine(stream, dict(query or {})) if what == "quarantine" else readers[what](stream)
+                    learner._quarantine(stream, dict(request.query)) if what == "quarantine" else readers[what](stream)
                 ),
             )
 
         @app.page("/streams")  # type: ignore[untyped-decorator]
         async def streams(view: Any, request: Any) -> Any:
+            foreign = shell.foreign(request)
+            if foreign:
+                return shell.json(view, {"error": foreign}, 403)
             if not learner._opened.is_set():
                 return shell.json(view, {"error": "starting"}, 503)
             names: Sequence[str] = sorted(learner.parts.learners)
@@ -936,12 +942,12 @@ class LearnerApp:
 
         @app.page("/streams/{stream}")  # type: ignore[untyped-decorator]
         async def one(view: Any, request: Any, stream: str) -> Any:
-            return await read(view, stream, "status")
+            return await read(view, request, stream, "status")
 
         @app.page("/streams/{stream}/{what}")  # type: ignore[untyped-decorator]
         class Page(View):  # type: ignore[misc]
             async def get(self, request: Any, stream: str, what: str) -> Any:
-                return await read(self, stream, what, request.query)
+                return await read(self, request, stream, what)
 
             async def post(self, request: Any, stream: str, what: str) -> Any:
                 # A browser sends no such type across sites without asking first, so a foreign page cannot act.

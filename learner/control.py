@@ -27,8 +27,9 @@ from pydantic import (
     model_validator,
 )
 
-from stream.errors import Misconfigured, TrimtabError
+from stream.errors import TrimtabError
 from stream.events import NUL, EventId, utc_now
+from stream.secret import read_secret
 
 SIGNATURE = "trimtab-signature"
 FRESH = timedelta(minutes=5)
@@ -63,7 +64,7 @@ class ControlSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    secret: SecretStr | None = Field(default=None, description="Shared secret of the HMAC; never logged.")
+    secret: SecretStr | None = Field(default=None, min_length=1, description="Shared secret of the HMAC; never logged.")
     secret_file: Path | None = Field(default=None, description="File that holds the secret.")
     protected_by_acls: bool = Field(
         default=False, description="True where the broker's access control alone decides who may write to the topic."
@@ -73,13 +74,10 @@ class ControlSettings(BaseModel):
         """The secret, from the file when one is named.
 
         Raises:
-            Misconfigured: the file cannot be read.
+            Misconfigured: the file cannot be read or is empty.
         """
         if self.secret_file is not None:
-            try:
-                return self.secret_file.read_bytes().strip()
-            except OSError as error:
-                raise Misconfigured(f"control.secret_file {self.secret_file}: {error.strerror}") from error
+            return read_secret(self.secret_file, "control.secret_file").encode()
         return self.secret.get_secret_value().encode() if self.secret else None
 
 

@@ -25,7 +25,7 @@ from learner.asking import Asker
 from learner.encoders import Payload, payload
 from learner.estimate import AccuracyEstimator
 from learner.online import OnlineLearner
-from learner.shadow import Event, Trial
+from learner.shadow import Event
 from monitoring.drift import DriftMonitor
 from monitoring.metrics import Metrics
 from monitoring.tracing import Tracing
@@ -192,7 +192,17 @@ class Joiner:
             Superseded: another learner owns the store.
         """
         contents, too_late = self._contents(joined.changes)
-        trials = self._attempt(joined.changes, contents)
+        events = _first_labelled(joined.changes, contents)
+        trials = {
+            stream: trial
+            for stream, rows in events.items()
+            if (trial := self._learners[stream].attempt(rows)) is not None
+        }
+        races = {
+            stream: race
+            for stream, rows in events.items()
+            if (race := self._learners[stream].race_on(rows)) is not None
+        }
         with self._store.transaction(self._epoch, now) as tx:
             if self._member is not None and tx.served_among(unserved):
                 raise RetryLater("another learner has stored a prediction of the same events meanwhile")
@@ -200,9 +210,13 @@ class Joiner:
             reconciled = tx.reconcile(joined.changes, contents, too_late)
             for stream, trial in trials.items():
                 self._learners[stream].record_trial(tx, trial)
+            for stream, race in races.items():
+                self._learners[stream].record_race(tx, race)
             also(tx)
         for stream, trial in trials.items():
             self._learners[stream].settle_trial(trial)
+        for stream, race in races.items():
+            self._learners[stream].settle_race(race)
         for learner in self._learners.values():
             learner.follow()
         for stream in reconciled.unlearned:
@@ -339,17 +353,6 @@ class Joiner:
                 found[key[0]][key] = payload(event, self._learners[key[0]].plan.channels)
         return found
 
-    def _attempt(self, changes: Sequence[Change], contents: Mapping[EventKey, Content]) -> dict[str, Trial]:
-        """By stream, what champion and shadow answered to events that are labelled for the first time."""
-        events: dict[str, list[Event]] = defaultdict(list)
-        for change in changes:
-            content = contents.get(change.key)
-            if change.kind is Kind.LEARN and change.desired is not None and content is not None:
-                labelled = Event(change.event_id, content.payload, content.embedding, change.desired.label)
-                events[change.stream].append(labelled)
-        trials = {stream: self._learners[stream].attempt(members) for stream, members in events.items()}
-        return {stream: trial for stream, trial in trials.items() if trial is not None}
-
     def _count(
         self,
         joined: Joined,
@@ -391,3 +394,14 @@ class Joiner:
             if change.desired is not None and change.learned is None:
                 delay = (change.desired.labelled_at - change.desired.observed_at).total_seconds()
                 metrics.label_delay.labels(change.stream).observe(max(0.0, delay))
+
+
+def _first_labelled(changes: Sequence[Change], contents: Mapping[EventKey, Content]) -> dict[str, list[Event]]:
+    """By stream, the events that are labelled for the first time, as heads that were not taught them may answer."""
+    events: dict[str, list[Event]] = defaultdict(list)
+    for change in changes:
+        content = contents.get(change.key)
+        if change.kind is Kind.LEARN and change.desired is not None and content is not None:
+            labelled = Event(change.event_id, content.payload, content.embedding, change.desired.label)
+            events[change.stream].append(labelled)
+    return events

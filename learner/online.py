@@ -37,7 +37,8 @@ from learner.exam import (
     guard_revision,
     recent,
 )
-from learner.heads import Calibration, HeadSums, LinearHead, dequantise, leave_one_out, quantise, solve
+from learner.heads import Calibration, HeadSums, LinearHead, calibrate, dequantise, leave_one_out, quantise, solve
+from learner.recency import Heat, Newest, Race, RecencySettings
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from learner.shadow import SLOW_SOLVE, SOLVE_SHARE, Duel, Event, Shadow, ShadowSettings, Trial
 from monitoring.metrics import Metrics
@@ -80,6 +81,7 @@ class StreamPlan:
         random_features: the head's width; 0 for none. Counts from the next encoder on.
         guard: what a revision must not do.
         shadow: how long the loser of a promotion answers along.
+        recency: whether the newest labels may count more, where live labels say so; None for no race.
         budget: the largest fall of a class's recall that is allowed, in the shadow as in the exam.
         labels: class names known from the start, which count towards no quota.
         max_classes: the most class names the stream may ever have.
@@ -94,6 +96,7 @@ class StreamPlan:
     random_features: int = 0
     guard: GuardSettings = field(default_factory=GuardSettings)
     shadow: ShadowSettings = field(default_factory=ShadowSettings)
+    recency: RecencySettings | None = None
     budget: float = 0.05
     labels: frozenset[str] = frozenset()
     max_classes: int = 1_000
@@ -194,6 +197,10 @@ class OnlineLearner:
         self.serving = InService("v0", 0, "", None)
         self.paused = False
         self._shadow: Shadow | None = None
+        self._newest: Newest | None = None
+        self._racers: tuple[LinearHead | None, LinearHead | None] | None = None
+        self._racers_until = 0.0
+        self.race = Race()
         self._recent: OrderedDict[str, tuple[npt.NDArray[np.int16], str]] = OrderedDict()
         self._calibration: Calibration | None = None
         self._calibrated_by = 0
@@ -214,6 +221,7 @@ class OnlineLearner:
             self._note_champion()
             self._use(digest)
         self._load_sums()
+        self._open_race()
         self.follow()
         self._open_shadow()
         pinned = json.loads(self._store.recall(f"pinned/{self.plan.name}") or "null")
@@ -300,6 +308,8 @@ class OnlineLearner:
                     self.sums.lift.width,
                 )
         self._saved_seq = self._seq
+        self._newest = Newest(spec.dimension, spec.bound, self.sums.lift.width) if self.plan.recency else None
+        self._racers = None
         self._recent.clear()
         self._calibration, self._calibrated_by = None, 0
         self._note(self._store.follow_ledger(self.plan.name, self.encoder_digest, max(0, self._seq - TAIL), TAIL))
@@ -404,6 +414,9 @@ class OnlineLearner:
         self.sums, self._saved_seq, self._shadow = sums, self._seq, None
         for event_id in event_ids:
             self._recent.pop(event_id, None)
+        if self._newest is not None:
+            self._newest.hold({})
+        self._racers = None
         self._changed = self._changed or bool(found.labels)
         self.relearned()
         self.follow()
@@ -464,15 +477,19 @@ class OnlineLearner:
 
     def _solve(self) -> LinearHead | None:
         """The head of the sums, calibrated again when their examples became a tenth more or fewer."""
-        total, before = self.sums.total, self._calibrated_by
         prior = self.plan.prior
-        if 0.9 * before - 20 < total < 1.1 * before + 20 or not self._recent:
+        due = self._recent and not 0.9 * self._calibrated_by - 20 < self.sums.total < 1.1 * self._calibrated_by + 20
+        q = np.stack([embedding for embedding, _ in self._recent.values()]) if due else np.empty(0)
+        labels = [label for _, label in self._recent.values()] if due else []
+        if self.race.leader == "newest":
+            if due:
+                self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=prior), self.sums.total
+            return solve(self._emphasised(), prior=prior, calibration=self._calibration)
+        if not due:
             return solve(self.sums, prior=prior, calibration=self._calibration)
-        q = np.stack([embedding for embedding, _ in self._recent.values()])
-        labels = [label for _, label in self._recent.values()]
         head = solve(self.sums, prior=prior, calibrate_on=(q, labels))
         if head is not None:
-            self._calibration, self._calibrated_by = Calibration(head.temperature, head.usual), total
+            self._calibration, self._calibrated_by = Calibration(head.temperature, head.usual), self.sums.total
         return head
 
     @property
@@ -664,6 +681,53 @@ class OnlineLearner:
             settings=settings,
         )
         return verdict, known
+
+    # Whether the newest labels count more
+
+    def _open_race(self) -> None:
+        """Go on with the race where it was; one that is no longer wanted leaves the plain head."""
+        note = self._store.recall(f"race/{self.plan.name}") if self.plan.recency else None
+        self.race = Race() if note is None else Race.model_validate_json(note)
+
+    def _emphasised(self) -> HeadSums:
+        """The sums of the head in which the newest labels count more: of what the store holds now, and nothing else."""
+        if self._newest is None or self.plan.recency is None:
+            return self.sums
+        self._newest.hold(self._store.newest(self.plan.name, self.encoder_digest, self.plan.recency.labels))
+        return self._newest.emphasised(self.sums, self.plan.recency.weight)
+
+    def race_on(self, events: Sequence[Event]) -> Race | None:
+        """Both heads answer events whose labels neither has been taught; what that comes to, to be kept with the batch.
+
+        None where there is no race. Heads that take long to solve serve for several batches.
+        """
+        if self.plan.recency is None or not events:
+            return None
+        began = time.monotonic()
+        if self._racers is None or began >= self._racers_until:
+            prior = self.plan.prior
+            self._racers = solve(self.sums, prior=prior), solve(self._emphasised(), prior=prior)
+            took = time.monotonic() - began
+            self._racers_until = began + (took / SOLVE_SHARE if took > SLOW_SOLVE else 0.0)
+        asked = dequantise(np.stack([event.embedding for event in events]), self.encoder.spec.bound)
+        plain, newest = ([None] * len(events) if head is None else head.predict(asked) for head in self._racers)
+        heats = [
+            Heat(event.label, one == event.label, other == event.label)
+            for event, one, other in zip(events, plain, newest, strict=True)
+        ]
+        return self.race.after(heats, self.plan.recency.odds)
+
+    def record_race(self, tx: Transaction, race: Race) -> None:
+        """Keep what a batch's answers came to, with the batch."""
+        tx.remember(f"race/{self.plan.name}", race.model_dump_json())
+
+    def settle_race(self, race: Race) -> None:
+        """The batch was kept."""
+        if race.leader != self.race.leader:
+            which = "in which the newest labels count more" if race.leader == "newest" else "of all labels alike"
+            logger.info("stream %s: the head %s answers from now on", self.plan.name, which)
+            self._changed = True
+        self.race = race
 
     # The shadow of the version before
 

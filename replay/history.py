@@ -7,7 +7,7 @@ store's own connections, and a reader never keeps the writer waiting.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -75,6 +75,21 @@ class Said:
     label: str | None
     labelled_at: datetime
     arrived_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Spoken:
+    """What one labeller said last of an event; None withdraws.
+
+    Args:
+        confidence: as the labeller gave it, in [0, 1].
+    """
+
+    event_id: str
+    label: str | None
+    labeller: str
+    labelled_at: datetime
+    confidence: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +280,24 @@ class History:
             ).all()
         labels = [Said(one.labeller, one.label, moment(one.labelled_at), moment(one.arrived_at)) for one in rows]
         return (None if row is None else _answered(row)), labels
+
+    def labels(self, stream: str) -> Iterator[Spoken]:
+        """What labellers said last of every event of a stream, by event id and labeller.
+
+        Read in parts, each of one state of the database: what is said meanwhile may be there or not.
+        """
+        c = t.labels.c
+        place = sa.tuple_(c.event_id, c.labeller)
+        query = sa.select(t.labels).where(c.stream == stream).order_by(c.event_id, c.labeller).limit(AT_ONCE)
+        after: tuple[str, str] | None = None
+        while True:
+            with self._store.read() as connection:
+                rows = connection.execute(query if after is None else query.where(place > after)).all()
+            for row in rows:
+                yield Spoken(row.event_id, row.label, row.labeller, moment(row.labelled_at), row.confidence)
+            if len(rows) < AT_ONCE:
+                return
+            after = (rows[-1].event_id, rows[-1].labeller)
 
     def past(self, stream: str, event_id: str) -> Past:
         """All that is known of one event."""

@@ -56,6 +56,8 @@ Payload = str | npt.NDArray[np.float32]
 Embedding = npt.NDArray[np.int16]
 """(d,), quantised once by the instant head."""
 
+NEWEST_LOOKED_AT = 4
+"""Times as many labels as are wanted of the newest examples: some are in the exam, withdrawn, or of one event."""
 _CHUNK = 1_000
 _BUSY_SECONDS = 1.0
 """Whoever waits longer than this for the owner's row was kept from it by an owner that is alive."""
@@ -751,6 +753,36 @@ class LearnerStore:
                 members = self._members(connection, stream)
                 chosen = set(members) if chosen is None else chosen & members
             return self._examples(connection, stream, chosen, exam, since_run)
+
+    def newest(self, stream: str, encoder: str, count: int) -> dict[str, tuple[Embedding, str]]:
+        """Embedding and label of what was labelled last of all that is taught, by event id: at most `count`.
+
+        By the label's time, then the event's place, so the same labels give the same whatever order they came in.
+        """
+        c, given = t.examples.c, t.labels.c
+        order = (c.labelled_at, c.ref_topic, c.ref_partition, c.ref_offset, c.event_id)
+        query = (
+            sa.select(c.event_id, c.embedding, c.label)
+            .where(c.stream == stream, c.encoder == encoder, c.exam.is_(False))
+            .order_by(*(column.desc() for column in order))
+            .limit(count)
+        )
+        with self._read() as connection:
+            # There is no index on the examples' times; on the labels' there is, and an example has the time of a label.
+            floor = connection.scalar(
+                sa.select(given.labelled_at)
+                .where(given.stream == stream)
+                .order_by(given.labelled_at.desc())
+                .offset(NEWEST_LOOKED_AT * count)
+                .limit(1)
+            )
+            rows: Sequence[Any] = ()
+            if floor is not None:
+                late = sa.select(given.event_id).where(given.stream == stream, given.labelled_at >= floor)
+                rows = connection.execute(query.where(c.event_id.in_(late), c.labelled_at >= floor)).all()
+            if len(rows) < count:
+                rows = connection.execute(query).all()
+        return {row.event_id: (_embedding(row.embedding), row.label) for row in rows}
 
     def experience(self, stream: str) -> list[Example]:
         """What the next fine-tune sees: the replay store's members, and all that no run has trained on."""

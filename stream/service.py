@@ -33,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from monitoring.metrics import Metrics
 from stream.errors import Misconfigured
 from stream.kafka import KafkaSettings
+from stream.secret import read_secret
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,9 @@ class HttpSettings(BaseModel):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; beyond loopback a token is needed.")
     port: int = Field(default=0, ge=0, le=65535, description="Port to listen on; 0 picks a free one and logs it.")
-    token: SecretStr | None = Field(default=None, description="Bearer token for control calls; never logged.")
+    token: SecretStr | None = Field(
+        default=None, min_length=1, description="Bearer token for control calls; never logged."
+    )
     token_file: Path | None = Field(default=None, description="File that holds the token.")
     names: tuple[Annotated[str, Field(min_length=1, max_length=253)], ...] = Field(
         default=(),
@@ -60,14 +63,11 @@ class HttpSettings(BaseModel):
         """The bearer token, from the file when one is named.
 
         Raises:
-            Misconfigured: the file cannot be read, or the listener is beyond loopback without a token.
+            Misconfigured: the file cannot be read or is empty, or the listener is beyond loopback without a token.
         """
         token = self.token.get_secret_value() if self.token else None
         if self.token_file is not None:
-            try:
-                token = self.token_file.read_text().strip()
-            except OSError as error:
-                raise Misconfigured(f"http.token_file {self.token_file}: {error.strerror}") from error
+            token = read_secret(self.token_file, "http.token_file")
         if not token and self.host not in LOOPBACK:
             raise Misconfigured(
                 f"http.host is {self.host!r}, beyond loopback, and no token is set; set http.token_file or listen on "
@@ -311,6 +311,9 @@ class Shell:
 
         @self.app.page("/metrics")  # type: ignore[untyped-decorator]
         async def metrics(view: Any, request: Any) -> Any:
+            foreign = shell.foreign(request)
+            if foreign:
+                return shell.json(view, {"error": foreign}, 403)
             body, content_type = shell.metrics.render()
             return view.bytes(body, content_type=content_type.partition(";")[0])
 

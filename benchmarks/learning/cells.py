@@ -66,7 +66,7 @@ CODE: Mapping[str, tuple[str, ...]] = {
     ),
     "rival": (*COMMON, "benchmarks/learning/rivals.py"),
 }
-HEAD = ("guard",)
+HEAD = ("guard", "recency")
 """Settings of a stream that rows of the instant head alone may vary."""
 VERSIONS = ("numpy", "torch", "transformers", "scikit-learn", "river", "avalanche-lib")
 

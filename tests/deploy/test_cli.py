@@ -55,6 +55,8 @@ COMMANDS = [
     *(["quarantine", name] for name in ("list", "show", "release", "drop")),
     ["classes"],
     *(["classes", name] for name in ("list", "rename", "merge")),
+    ["labels"],
+    *(["labels", name] for name in ("export", "import")),
     ["versions"],
     *(["versions", name] for name in ("list", "show", "diff", "rebuild", "promote", "rollback", "prune")),
     ["dead-letters"],

@@ -300,6 +300,31 @@ streams:
     assert unreadable(load_settings(write(tmp_path, SMALL), {})) == []
 
 
+@pytest.mark.parametrize("content", [b"", b" \n"], ids=["empty", "a line end"])
+def test_a_secret_of_an_empty_file_is_told(tmp_path: Path, content: bytes) -> None:
+    """A mount that failed leaves such a file: taken as no secret, it would open the door that it was to lock."""
+    for name in ("http", "control"):
+        (tmp_path / name).write_bytes(content)
+    text = f"""
+control: {{secret_file: {tmp_path}/control}}
+learner: {{http: {{token_file: {tmp_path}/http}}}}
+worker: {{http: {{token_file: {tmp_path}/http}}}}
+streams: {{a: {{kind: text}}}}
+"""
+    assert unreadable(load_settings(write(tmp_path, text), {})) == [
+        f"worker.http.token_file {tmp_path}/http: it is empty",
+        f"learner.http.token_file {tmp_path}/http: it is empty",
+        f"control.secret_file {tmp_path}/control: it is empty",
+    ]
+
+
+@pytest.mark.parametrize("variable", ["LEARNER__HTTP__TOKEN", "WORKER__HTTP__TOKEN", "CONTROL__SECRET"])
+def test_an_empty_secret_of_the_environment_is_refused(tmp_path: Path, variable: str) -> None:
+    """A variable that a script left empty must not be a secret that everybody knows."""
+    with pytest.raises(InvalidSettings, match=variable):
+        load_settings(write(tmp_path, SMALL), {f"TRIMTAB_{variable}": ""})
+
+
 def test_the_schema_knows_every_block_and_no_machine() -> None:
     """Editors complete the file from it, and it is the same wherever it is made."""
     schema = json_schema()

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.heads import HeadSums, quantise
+from learner.heads import HeadSums, quantise, solve
+from learner.online import EncoderShelf, OnlineLearner
 from learner.recency import MOST, STAKES, Heat, Newest, Race, RecencySettings
+from tests.learner.desk import STREAM, Desk
 
 DIMENSION, BOUND = 6, 4.0
 ROWS = quantise(np.random.default_rng(0).normal(0, 1, (40, DIMENSION)), BOUND)
@@ -103,3 +109,90 @@ def test_no_single_label_decides() -> None:
     after = Race(seen={"usual": 100_000}).after([Heat("new", False, True)], ODDS)
     assert np.allclose(after.wealth, 1.0 + np.array(STAKES))
     assert MOST < ODDS
+
+
+# In the learner
+
+
+FEW = RecencySettings(labels=10, weight=8, odds=2.0)
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path, recency=FEW)
+    yield made
+    made.close()
+
+
+def newest_of(one: Desk) -> list[str]:
+    """The ten taught labels with the latest times, found the slow way."""
+    rows = one.store.examples(STREAM, exam=False)
+    return [row.event_id for row in sorted(rows, key=lambda row: (row.labelled_at, int(row.event_id[1:])))[-10:]]
+
+
+def due(one: Desk) -> HeadSums:
+    """The second head's sums, taught from nothing: each example once, the newest as often as they count."""
+    sums, newest = HeadSums(one.learner.sums.dimension, one.learner.sums.bound), newest_of(one)
+    for row in one.store.examples(STREAM, exam=False):
+        times = FEW.weight if row.event_id in newest else 1
+        sums.add(np.stack([row.embedding] * times), [row.label] * times)
+    return sums
+
+
+def test_a_label_taken_back_leaves_both_heads_as_if_it_had_never_come(one: Desk) -> None:
+    """Unlearning and corrections are exact in the second head too, and the label before moves up among the newest."""
+    ids = one.say([(name, name, "ann") for _ in range(20) for name in ("class a", "class b")])
+    assert one.learner._emphasised() == due(one)
+    assert list(one.store.newest(STREAM, one.learner.encoder_digest, 10)) == newest_of(one)[::-1]
+    withdrawn, corrected, forgotten = newest_of(one)[-3:]
+    one.step([one.label(withdrawn, None, second=1_000)])
+    one.step([one.label(corrected, "class c", second=1_001)])
+    one.learner.forget([forgotten], one.now)
+    assert not {withdrawn, forgotten} & set(one.store.newest(STREAM, one.learner.encoder_digest, 10))
+    assert one.head_due()
+    assert one.learner._emphasised() == due(one)
+    assert len(ids) == 40
+
+
+def test_the_head_that_leads_is_the_one_that_answers(one: Desk) -> None:
+    """What the race decides must reach the workers, and nothing else of the race may change an answer."""
+    one.say([(name, name, "ann") for _ in range(20) for name in ("class a", "class b")])
+    for leader, sums in (("plain", one.learner.sums), ("newest", due(one))):
+        one.learner.settle_race(Race(leader=leader))  # type: ignore[arg-type]
+        one.learner._changed = True
+        assert one.learner.announce(one.now, guard=False)
+        expected, served = solve(sums, prior=one.learner.plan.prior), one.learner.serving.head
+        assert expected is not None
+        assert served is not None
+        assert served.weight.tobytes() == expected.weight.tobytes()
+        assert served.bias.tobytes() == expected.bias.tobytes()
+
+
+def test_a_restart_goes_on_with_the_same_race_and_the_same_head(one: Desk) -> None:
+    """Kept with the batch that it came of: no label counts twice or not at all, and the head has the same bits."""
+    one.say([(name, name, "ann") for _ in range(20) for name in ("class a", "class b")], batch=5)
+    one.say(
+        [(name, other, "ann") for _ in range(20) for name, other in (("class a", "class b"), ("class b", "class a"))]
+    )
+    race, sums = one.learner.race, one.learner._emphasised()
+    assert sum(race.seen.values()) == 80
+    epoch = one.store.claim("again", one.now)
+    shelf = EncoderShelf(one.learner._registry, "cpu")
+    again = OnlineLearner(one.learner.plan, one.store, one.learner._registry, shelf, epoch, "versions", one.metrics)
+    again.open(one.now)
+    assert again.race == race
+    assert again._emphasised() == sums
+    unwanted = replace(one.learner.plan, recency=None)
+    plain = OnlineLearner(unwanted, one.store, one.learner._registry, shelf, epoch, "versions", one.metrics)
+    plain.open(one.now)
+    assert plain.race == Race(), "who no longer wants a race has the plain head"
+
+
+def test_the_world_that_turns_round_is_followed(one: Desk) -> None:
+    """Two classes that change places: the newest labels are right where all labels together are still wrong."""
+    one.say([(name, name, "ann") for _ in range(40) for name in ("class a", "class b")], batch=10)
+    one.say(
+        [(name, other, "ann") for _ in range(30) for name, other in (("class a", "class b"), ("class b", "class a"))],
+        batch=4,
+    )
+    assert one.learner.race.changes > 0
