@@ -418,7 +418,7 @@ def dead_letter_headers(error: DeadLetter, record: Record, at: datetime) -> list
     """The original headers, then why, where and when the message was refused."""
     added = {
         "trimtab-reason": str(error.reason),
-        "trimtab-field": error.field,
+        "trimtab-field": error.field[:200],
         "trimtab-detail": error.detail[:1000],
         "trimtab-event-id": error.event_id or "",
         "trimtab-topic": record.topic,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +20,7 @@ from learner.control import ControlSettings, Gate, Refused
 from monitoring.metrics import Metrics
 from stream.batches import Batch
 from stream.errors import DeadLetter, Reason
-from stream.events import Decoder, Label, Place, Prediction, Record, Telemetry, encode, utc_now
+from stream.events import Decoder, Label, Place, Prediction, Record, Report, Telemetry, encode, utc_now
 from stream.worker import MAX_DEAD_LETTER_BYTES, Classifier, Outgoing
 from tests.chaos.malformed import RULES, Message, messages
 from tests.kafka import KafkaBroker
@@ -52,12 +55,15 @@ def check_answers(records: Sequence[Record], outgoing: Sequence[Outgoing]) -> Co
         if message.topic == "predictions":
             answered[Prediction.model_validate_json(message.value or b"").ref.offset] += 1
             continue
-        headers = dict(message.headers[-9:])
+        headers = dict(message.headers[-11:])
         source = places[int(headers["trimtab-offset"])]
         answered[source.offset] += 1
         reasons[headers["trimtab-reason"].decode()] += 1
-        assert message.headers[: len(source.headers)] == source.headers
-        if "trimtab-by-reference" not in headers:
+        if "trimtab-by-reference" in headers:
+            assert headers["trimtab-sha256"].decode() == sha256(source.value or b"").hexdigest()
+            assert (source.value or b"").startswith(message.value or b"")
+        else:
+            assert message.headers[: len(source.headers)] == source.headers
             assert (message.key, message.value) == (source.key, source.value)
         size = len(message.value or b"") + sum(len(name) + len(value or b"") for name, value in message.headers)
         assert size < MAX_DEAD_LETTER_BYTES + 10_000
@@ -104,6 +110,47 @@ def test_oversized_ones_are_parked_by_reference() -> None:
     records = [record(n, (b"k", b"[" * size, ())) for n, size in enumerate(sizes)]
     reasons = check_answers(records, classifier().answer(records))
     assert reasons == {"malformed_json": 2, "too_large": 2}
+
+
+def test_what_is_as_large_as_a_broker_takes_is_answered_or_parked_there(
+    kafka: KafkaBroker, topics: Callable[[], str], tmp_path: Path
+) -> None:
+    """A message is more than its value: what an answer or a dead letter adds to it may be what the broker refuses."""
+    good = encode(Report(event_id="good", stream="notes", observed_at=utc_now(), text="fine"))
+    broken: list[Message] = [
+        (b"k" * 1_040_000, b"{}", ()),
+        (b"k", b"{}", (("tenant", b"h" * 1_040_000),)),
+        (b"k", b"{}", (("h", b""),) * 85_000),
+        (b"k", b"{" * 895_000, (("tenant", b"h" * 90_000),)),
+        (b"k", b"{" * 1_040_000, ()),
+    ]
+    whole: list[Message] = [
+        (b"k", good, ()),
+        (b"k", good, (("ce_source", b"s" * 1_040_000), ("ce_id", b"1"))),
+        (b"k", good, (("traceparent", b"t"),) * 50_000),
+        (b"k" * 1_040_000, good, ()),
+    ]
+    pipeline = Pipeline(kafka, topics(), tmp_path / "worker.log")
+    try:
+        sent = [message for pair in itertools.zip_longest(broken, whole) for message in pair if message is not None]
+        # As much as the broker takes unless told otherwise, and other clients send.
+        producer = Producer({**kafka.client(), "message.max.bytes": 1_048_500})
+        for key, value, headers in sent:
+            producer.produce(pipeline.prefix + "events", value, key, headers=list(headers))
+        assert producer.flush(60) == 0
+        pipeline.start(batch_events=500, member_id=uuid.uuid4().hex)
+        until(lambda: pipeline.committed() == len(sent), every=0.5)
+        assert len(pipeline.answers()) == len(whole)
+        letters = [dict(one.headers) for one in pipeline.dead_letters()]
+        assert len({(one["trimtab-partition"], one["trimtab-offset"]) for one in letters}) == len(broken)
+        assert {one["trimtab-bytes"] for one in letters} == {b"2", b"895000", b"1040000"}
+        assert ("ce_id", b"1") in [
+            header for one in kafka.consume_all(pipeline.prefix + "predictions") for header in one.headers
+        ]
+    finally:
+        for worker in pipeline.workers:
+            worker.kill()
+            worker.wait()
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
