@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import mode
@@ -62,6 +63,7 @@ REQUESTS_SHOWN = 1_000
 MOST_RESUMED = 1_000
 """Requests that one start does or tells of because the process before it ended too early."""
 DONE_BEFORE = "done; the learner ended before it could say more"
+NEVER_TAKEN = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD})
 DRIFT_KINDS: tuple[Kind, ...] = ("input", "prediction", "error")
 
 
@@ -76,7 +78,6 @@ class Outbox:
 
     def __init__(self, store: LearnerStore, epoch: int, connection: Mapping[str, Any]) -> None:
         self._store, self._epoch = store, epoch
-        self._failed: list[str] = []
         self._producer = Producer(
             {
                 **connection,
@@ -84,6 +85,8 @@ class Outbox:
                 "enable.idempotence": True,
                 "linger.ms": 0,
                 "delivery.timeout.ms": 30_000,
+                # How large a message may be is the topic's to say: what is sent again was on one before.
+                "message.max.bytes": 100_000_000,
             }
         )
 
@@ -98,25 +101,39 @@ class Outbox:
         if not messages:
             return 0
         check_owner(self._store, self._epoch)
-        self._failed.clear()
+        refused = self._write(messages)
+        # The broker refuses all that came together with one that it does not take.
+        for message in refused:
+            if self._write([message]):
+                size = len(message.value or b"")
+                logger.error("topic %s does not take a message of %d bytes, which is let go", message.topic, size)
+        self._store.delete_outbox(message.id for message in messages)
+        return len(messages)
+
+    def _write(self, messages: Sequence[Outgoing]) -> list[Outgoing]:
+        """Write messages and wait for the broker; returns those that it will never take."""
+        failed: list[str] = []
+        refused: list[Outgoing] = []
+
+        def tell(message: Outgoing, error: KafkaError | None, _: Message) -> None:
+            if error is not None and error.code() in NEVER_TAKEN:
+                refused.append(message)
+            elif error is not None:
+                failed.append(str(error))
+
         for message in messages:
             self._producer.produce(
                 message.topic,
                 value=message.value,
                 key=message.key,
                 headers=list(message.headers),
-                on_delivery=self._on_delivery,
+                on_delivery=partial(tell, message),
             )
-        if self._producer.flush(35) or self._failed:
+        if self._producer.flush(35) or failed:
             self._producer.purge()
             self._producer.flush(1)
-            raise RetryLater(f"announcements are not acknowledged: {(self._failed or ['no answer'])[0]}")
-        self._store.delete_outbox(message.id for message in messages)
-        return len(messages)
-
-    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
-            self._failed.append(str(error))
+            raise RetryLater(f"announcements are not acknowledged: {(failed or ['no answer'])[0]}")
+        return refused
 
 
 def _answer(request: ControlRequest, accepted: bool, message: str, erasure: Erasure | None = None) -> ControlAnswer:
