@@ -513,7 +513,8 @@ class LearnerStore:
             epoch = _epoch(connection, scope) or 0
             found = _tenure(connection, scope) if epoch else None
             # One who held us up is alive, though it had no time to say so.
-            if monotonic() - asked > _BUSY_SECONDS or (found and found.mark) != (seen and seen.mark):
+            busy = found is not None and monotonic() - asked > _BUSY_SECONDS
+            if busy or (found and found.mark) != (seen and seen.mark):
                 raise RetryLater("another learner is at work in the store")
             held = {"beat_at": t.clock(connection), "lease": lease // timedelta(microseconds=1)}
             put(connection, t.owners, [{**row, **held, "epoch": epoch + 1}])
