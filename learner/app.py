@@ -49,7 +49,7 @@ from replay.lease import Lease
 from replay.store import REQUESTS_KEPT, Asked, Held, LearnerStore, Outgoing, Run
 from stream.batches import Batch, Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
-from stream.events import Record, encode
+from stream.events import Label, Record, encode
 from stream.service import MOST_BODY, Shell
 
 logger = logging.getLogger(__name__)
@@ -845,12 +845,13 @@ class LearnerApp:
             "waiting": parts.store.quarantine_counts(stream),
             "labels": [
                 {
+                    # A field that this version does not know may have any name, and any number.
+                    **row.label.model_dump(include=set(Label.model_fields)),
                     "id": row.id,
                     "reason": row.reason,
                     "detail": row.detail,
                     "set_aside_at": row.at,
                     "place": row.place,
-                    **row.label.model_dump(),
                 }
                 for row in parts.store.quarantined(stream, min(limit, 1_000), held, after)
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,29 @@ def test_the_page_says_what_waits_and_how_labellers_stand(desk: Callable[..., De
     alike = {row["class"]: row["alike"] for row in LearnerApp._classes(app, STREAM)}
     assert alike["class a"] == ["Class A"]
     assert alike["class b"] == []
+
+
+def test_no_field_of_a_label_stands_for_one_of_the_page(desk: Callable[..., Desk]) -> None:
+    """A person releases by the id that is shown: a sender that names one would have other labels released."""
+    one = desk(max_new_classes_a_day=0)
+    forged = {
+        "id": 7,
+        "reason": "fine",
+        "detail": "fine",
+        "place": "here",
+        "set_aside_at": "never",
+        "more": float("inf"),
+    }
+    sent = one.record(one.label("e1", "new", "bob"))
+    told = {**json.loads(sent.value or b""), **forged}
+    one.step([sent._replace(value=json.dumps(told).encode())])
+    app: Any = SimpleNamespace(
+        parts=SimpleNamespace(store=one.store, curator=one.curator, learners={STREAM: one.learner})
+    )
+    (row,) = LearnerApp._quarantine(app, STREAM, {})["labels"]
+    (held,) = one.store.quarantined()
+    assert (row["id"], row["reason"], row["place"]) == (held.id, "class_quota", held.place)
+    assert "more" not in row
 
 
 # By hand
