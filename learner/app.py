@@ -56,6 +56,10 @@ logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 5.0
 PURGE_SECONDS = 3600.0
+PURGED_AT_ONCE = 5_000
+"""Predictions let go of in one transaction, for which joining waits."""
+PURGE_SHARE = 0.1
+"""Of the time from one look to the next, what letting go of predictions may take."""
 RECALL_WINDOW = 2_000
 RECALL_MINIMUM = 10
 RETRY_SECONDS = 0.5
@@ -466,6 +470,9 @@ class LearnerApp:
             try:
                 await loop.run_in_executor(self._learning, self._look)
                 await loop.run_in_executor(self._learning, self._ask_for_labels)
+                until = time.monotonic() + PURGE_SHARE * WATCH_SECONDS
+                while await loop.run_in_executor(self._learning, self._purge_index) and time.monotonic() < until:
+                    pass
                 if time.monotonic() - purged_at > PURGE_SECONDS:
                     purged_at = time.monotonic()
                     await loop.run_in_executor(self._learning, self._purge)
@@ -476,6 +483,14 @@ class LearnerApp:
     def _ask_for_labels(self) -> None:
         for stream in self.parts.learners:
             self.parts.asker.ask(stream, self.parts.joiner.embedded)
+
+    def _purge_index(self) -> bool:
+        """Let go of some predictions that have waited for too long or are too many; whether more may have to go."""
+        store = self.parts.store
+        with store.transaction(self.parts.epoch, self._clock()) as tx:
+            gone = tx.purge_index(PURGED_AT_ONCE, self._indexed - store.settings.index_size)
+        self._indexed -= gone
+        return gone == PURGED_AT_ONCE
 
     def _purge(self) -> None:
         with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
@@ -490,6 +505,7 @@ class LearnerApp:
         sizes = parts.store.sizes()
         metrics.outbox.set(sizes["outbox"])
         metrics.join_index.set(sizes["served"])
+        self._indexed = sizes["served"]
         metrics.leading.set(1)
         for topic, lag in parts.reader.lag().items():
             metrics.consumer_lag.labels(topic).set(lag)

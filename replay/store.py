@@ -1879,6 +1879,26 @@ class Transaction:
         for chunk in _chunks(sorted(ids)):
             self._connection.execute(sa.delete(t.quarantine).where(t.quarantine.c.id.in_(chunk)))
 
+    def purge_index(self, most: int, excess: int = 0) -> int:
+        """Let go of the oldest predictions that wait: those past the horizon, and as many as are beyond the bound.
+
+        Args:
+            most: how many may go at once.
+            excess: how many more wait than may, as `LearnerStore.sizes` says.
+
+        Returns:
+            How many went.
+        """
+        c = t.served.c
+        keys = sa.tuple_(c.stream, c.event_id)
+        expired = sa.select(c.stream, c.event_id).where(c.arrived_at < micros(self.now - self._store.settings.horizon))
+        gone = self._connection.execute(sa.delete(t.served).where(keys.in_(expired.limit(most)))).rowcount
+        more = min(most, excess) - gone
+        if more > 0:
+            oldest = sa.select(c.stream, c.event_id).order_by(c.arrived_at, c.stream, c.event_id).limit(more)
+            gone += self._connection.execute(sa.delete(t.served).where(keys.in_(oldest))).rowcount
+        return gone
+
     def purge(self) -> Purged:
         """Let go of what is past its horizon or beyond its bound; see `StoreSettings`."""
         settings = self._store.settings

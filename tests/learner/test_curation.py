@@ -226,6 +226,21 @@ def test_no_field_of_a_label_stands_for_one_of_the_page(desk: Callable[..., Desk
     assert "more" not in row
 
 
+def test_the_learner_lets_go_of_what_it_counted_beyond_the_bound(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One small step at a time, until the index is as large as it may be, and no further."""
+    one = desk()
+    one.step([one.event("x") for _ in range(12)])
+    monkeypatch.setattr("learner.app.PURGED_AT_ONCE", 3)
+    one.store.settings = one.store.settings.model_copy(update={"index_size": 7})
+    app: Any = SimpleNamespace(
+        parts=SimpleNamespace(store=one.store, epoch=one.epoch), _clock=lambda: one.now, _indexed=12
+    )
+    assert [LearnerApp._purge_index(app) for _ in range(3)] == [True, False, False]
+    assert (app._indexed, one.store.sizes()["served"]) == (7, 7)
+
+
 # By hand
 
 
