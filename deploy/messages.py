@@ -340,8 +340,8 @@ def letter(record: Record) -> Letter:
     added = {name: value.decode(errors="replace") for name, value in record.headers[added_from:]}
     original = Record(
         topic=added.get("trimtab-topic", ""),
-        partition=int(added.get("trimtab-partition") or 0),
-        offset=int(added.get("trimtab-offset") or 0),
+        partition=_number(added.get("trimtab-partition", ""), 2**31),
+        offset=_number(added.get("trimtab-offset", ""), 2**63),
         key=record.key,
         value=record.value,
         headers=own,
@@ -356,6 +356,12 @@ def letter(record: Record) -> Letter:
         at=added.get("trimtab-at", ""),
         by_reference="trimtab-by-reference" in added,
     )
+
+
+def _number(text: str, below: int) -> int:
+    """A number of a header that anyone may have written; 0 where it is none."""
+    found = int(text) if text.isdecimal() and len(text) < 20 else 0
+    return found if found < below else 0
 
 
 def originals(kafka: KafkaSettings, topic: str, ours: Collection[str], places: Iterable[str]) -> list[Record]:

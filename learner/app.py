@@ -26,6 +26,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import mode
@@ -48,13 +49,17 @@ from replay.lease import Lease
 from replay.store import REQUESTS_KEPT, Asked, Held, LearnerStore, Outgoing, Run
 from stream.batches import Batch, Reader
 from stream.errors import RetryLater, Superseded, TrimtabError
-from stream.events import Record, encode
+from stream.events import Label, Record, encode
 from stream.service import MOST_BODY, Shell
 
 logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 5.0
 PURGE_SECONDS = 3600.0
+PURGED_AT_ONCE = 5_000
+"""Predictions let go of in one transaction, for which joining waits."""
+PURGE_SHARE = 0.1
+"""Of the time from one look to the next, what letting go of predictions may take."""
 RECALL_WINDOW = 2_000
 RECALL_MINIMUM = 10
 RETRY_SECONDS = 0.5
@@ -62,6 +67,7 @@ REQUESTS_SHOWN = 1_000
 MOST_RESUMED = 1_000
 """Requests that one start does or tells of because the process before it ended too early."""
 DONE_BEFORE = "done; the learner ended before it could say more"
+NEVER_TAKEN = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.INVALID_RECORD})
 DRIFT_KINDS: tuple[Kind, ...] = ("input", "prediction", "error")
 
 
@@ -76,7 +82,6 @@ class Outbox:
 
     def __init__(self, store: LearnerStore, epoch: int, connection: Mapping[str, Any]) -> None:
         self._store, self._epoch = store, epoch
-        self._failed: list[str] = []
         self._producer = Producer(
             {
                 **connection,
@@ -84,6 +89,8 @@ class Outbox:
                 "enable.idempotence": True,
                 "linger.ms": 0,
                 "delivery.timeout.ms": 30_000,
+                # How large a message may be is the topic's to say: what is sent again was on one before.
+                "message.max.bytes": 100_000_000,
             }
         )
 
@@ -98,25 +105,39 @@ class Outbox:
         if not messages:
             return 0
         check_owner(self._store, self._epoch)
-        self._failed.clear()
+        refused = self._write(messages)
+        # The broker refuses all that came together with one that it does not take.
+        for message in refused:
+            if self._write([message]):
+                size = len(message.value or b"")
+                logger.error("topic %s does not take a message of %d bytes, which is let go", message.topic, size)
+        self._store.delete_outbox(message.id for message in messages)
+        return len(messages)
+
+    def _write(self, messages: Sequence[Outgoing]) -> list[Outgoing]:
+        """Write messages and wait for the broker; returns those that it will never take."""
+        failed: list[str] = []
+        refused: list[Outgoing] = []
+
+        def tell(message: Outgoing, error: KafkaError | None, _: Message) -> None:
+            if error is not None and error.code() in NEVER_TAKEN:
+                refused.append(message)
+            elif error is not None:
+                failed.append(str(error))
+
         for message in messages:
             self._producer.produce(
                 message.topic,
                 value=message.value,
                 key=message.key,
                 headers=list(message.headers),
-                on_delivery=self._on_delivery,
+                on_delivery=partial(tell, message),
             )
-        if self._producer.flush(35) or self._failed:
+        if self._producer.flush(35) or failed:
             self._producer.purge()
             self._producer.flush(1)
-            raise RetryLater(f"announcements are not acknowledged: {(self._failed or ['no answer'])[0]}")
-        self._store.delete_outbox(message.id for message in messages)
-        return len(messages)
-
-    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
-        if error is not None:
-            self._failed.append(str(error))
+            raise RetryLater(f"announcements are not acknowledged: {(failed or ['no answer'])[0]}")
+        return refused
 
 
 def _answer(request: ControlRequest, accepted: bool, message: str, erasure: Erasure | None = None) -> ControlAnswer:
@@ -449,6 +470,9 @@ class LearnerApp:
             try:
                 await loop.run_in_executor(self._learning, self._look)
                 await loop.run_in_executor(self._learning, self._ask_for_labels)
+                until = time.monotonic() + PURGE_SHARE * WATCH_SECONDS
+                while await loop.run_in_executor(self._learning, self._purge_index) and time.monotonic() < until:
+                    pass
                 if time.monotonic() - purged_at > PURGE_SECONDS:
                     purged_at = time.monotonic()
                     await loop.run_in_executor(self._learning, self._purge)
@@ -459,6 +483,14 @@ class LearnerApp:
     def _ask_for_labels(self) -> None:
         for stream in self.parts.learners:
             self.parts.asker.ask(stream, self.parts.joiner.embedded)
+
+    def _purge_index(self) -> bool:
+        """Let go of some predictions that have waited for too long or are too many; whether more may have to go."""
+        store = self.parts.store
+        with store.transaction(self.parts.epoch, self._clock()) as tx:
+            gone = tx.purge_index(PURGED_AT_ONCE, self._indexed - store.settings.index_size)
+        self._indexed -= gone
+        return gone == PURGED_AT_ONCE
 
     def _purge(self) -> None:
         with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
@@ -473,6 +505,7 @@ class LearnerApp:
         sizes = parts.store.sizes()
         metrics.outbox.set(sizes["outbox"])
         metrics.join_index.set(sizes["served"])
+        self._indexed = sizes["served"]
         metrics.leading.set(1)
         for topic, lag in parts.reader.lag().items():
             metrics.consumer_lag.labels(topic).set(lag)
@@ -828,12 +861,13 @@ class LearnerApp:
             "waiting": parts.store.quarantine_counts(stream),
             "labels": [
                 {
+                    # A field that this version does not know may have any name, and any number.
+                    **row.label.model_dump(include=set(Label.model_fields)),
                     "id": row.id,
                     "reason": row.reason,
                     "detail": row.detail,
                     "set_aside_at": row.at,
                     "place": row.place,
-                    **row.label.model_dump(),
                 }
                 for row in parts.store.quarantined(stream, min(limit, 1_000), held, after)
             ],

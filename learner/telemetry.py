@@ -102,7 +102,8 @@ class TelemetryModule(nn.Module):
 
     def set_statistics(self, centre: Tensor, scale: Tensor) -> None:
         """Set each channel's centre and scale (C,), as robust statistics of seen windows give them."""
-        if centre.shape != self.centre.shape or scale.shape != self.scale.shape or not bool((scale > 0).all()):
+        finite = bool(torch.isfinite(centre).all() and torch.isfinite(scale).all() and (scale > 0).all())
+        if centre.shape != self.centre.shape or scale.shape != self.scale.shape or not finite:
             raise ValueError("centre and scale have one finite value a channel, and scales are positive")
         self.centre.copy_(centre)
         self.scale.copy_(scale)
@@ -133,7 +134,8 @@ class TelemetryModule(nn.Module):
         """Windows (B, C, T), NaN = missing -> (B, d) within the bound."""
         seen = ~torch.isnan(windows)
         filled, valid = _fill(torch.nan_to_num(windows), seen)
-        x = (filled - self.centre[:, None]) / self.scale[:, None]
+        # The largest number there is, in a unit that is small, is larger than that.
+        x = torch.nan_to_num((filled - self.centre[:, None]) / self.scale[:, None])
         present = seen.any(dim=2)
         x = x * present[..., None]
         mask = valid[:, None]

@@ -658,6 +658,8 @@ def _set_statistics(module: TelemetryModule, rows: Sequence[Row]) -> None:
             # Half of a channel that mostly rests is one value; then its deviation is the better scale.
             scale[channel] = (high - low) / 1.349 or known.std() or 1.0
     device = module.centre.device
+    float32 = np.finfo(np.float32)
+    scale = np.clip(scale, float32.tiny, float32.max)
     module.set_statistics(torch.from_numpy(centre).float().to(device), torch.from_numpy(scale).float().to(device))
 
 

@@ -353,6 +353,9 @@ _CONNECTION = {
 }
 """What libpq is told, so that a server that has vanished is noticed within half a minute."""
 
+BUSY_SECONDS = 30
+"""How long SQLite waits for a lock."""
+
 _SESSION = "-c lock_timeout=30s -c idle_in_transaction_session_timeout=30s"
 """As long as SQLite waits for a lock; and the locks of a learner that was stopped within a transaction are let go."""
 
@@ -433,8 +436,8 @@ def connect(url: str) -> sa.Engine:
             # The driver would begin a transaction by itself, late, and never for a read.
             connection.isolation_level = None
             cursor = connection.cursor()
-            cursor.execute("PRAGMA busy_timeout=30000")
-            cursor.execute("PRAGMA journal_mode=WAL")
+            cursor.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
+            _write_ahead(cursor)
             cursor.execute("PRAGMA synchronous=FULL")
             cursor.execute("PRAGMA secure_delete=ON")
             cursor.close()
@@ -446,6 +449,22 @@ def connect(url: str) -> sa.Engine:
             connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
     return engine
+
+
+def _write_ahead(cursor: sqlite3.Cursor) -> None:
+    """Have the database keep a write-ahead log, as it does from then on.
+
+    Two that open a new one at once want the same lock for it, and this one SQLite does not wait for.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.02)
 
 
 def create(connection: sa.Connection) -> None:

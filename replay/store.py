@@ -513,7 +513,8 @@ class LearnerStore:
             epoch = _epoch(connection, scope) or 0
             found = _tenure(connection, scope) if epoch else None
             # One who held us up is alive, though it had no time to say so.
-            if monotonic() - asked > _BUSY_SECONDS or (found and found.mark) != (seen and seen.mark):
+            busy = found is not None and monotonic() - asked > _BUSY_SECONDS
+            if busy or (found and found.mark) != (seen and seen.mark):
                 raise RetryLater("another learner is at work in the store")
             held = {"beat_at": t.clock(connection), "lease": lease // timedelta(microseconds=1)}
             put(connection, t.owners, [{**row, **held, "epoch": epoch + 1}])
@@ -1877,6 +1878,26 @@ class Transaction:
         """Take labels out of quarantine; the caller joins them like new ones in the same transaction."""
         for chunk in _chunks(sorted(ids)):
             self._connection.execute(sa.delete(t.quarantine).where(t.quarantine.c.id.in_(chunk)))
+
+    def purge_index(self, most: int, excess: int = 0) -> int:
+        """Let go of the oldest predictions that wait: those past the horizon, and as many as are beyond the bound.
+
+        Args:
+            most: how many may go at once.
+            excess: how many more wait than may, as `LearnerStore.sizes` says.
+
+        Returns:
+            How many went.
+        """
+        c = t.served.c
+        keys = sa.tuple_(c.stream, c.event_id)
+        expired = sa.select(c.stream, c.event_id).where(c.arrived_at < micros(self.now - self._store.settings.horizon))
+        gone = self._connection.execute(sa.delete(t.served).where(keys.in_(expired.limit(most)))).rowcount
+        more = min(most, excess) - gone
+        if more > 0:
+            oldest = sa.select(c.stream, c.event_id).order_by(c.arrived_at, c.stream, c.event_id).limit(more)
+            gone += self._connection.execute(sa.delete(t.served).where(keys.in_(oldest))).rowcount
+        return gone
 
     def purge(self) -> Purged:
         """Let go of what is past its horizon or beyond its bound; see `StoreSettings`."""

@@ -173,6 +173,7 @@ class KafkaReader:
         self._topic = topics[0]
         self._away = False
         self._fatal: KafkaError | None = None
+        self._complaint: KafkaError | None = None
         self._rewind = threading.Event()
         properties = {
             **connection,
@@ -201,6 +202,7 @@ class KafkaReader:
     def read(self, timeout: float) -> Batch | None:
         if self._rewind.is_set():
             self._seek_to_commits()
+        self._complain()
         first = self.consumer.consume(1, timeout)
         generation = self._generation
         if not first:
@@ -229,7 +231,9 @@ class KafkaReader:
                 record = step_over(self.consumer, message, ends.get(partition, self._next.get(partition)))
             elif error is not None:
                 if error.fatal() or not (error.retriable() or error.code() == KafkaError._PARTITION_EOF):
-                    _reraise(KafkaException(error))
+                    # Raised by the next call: the client gives what came with it once, and what follows would be
+                    # committed over it.
+                    self._complaint = self._complaint or error
                 continue
             else:
                 record = record_of(message)
@@ -239,10 +243,17 @@ class KafkaReader:
             ends[partition] = record.offset + 1
             records.append(record)
         if not records:
+            self._complain()
             return None
         self._next.update(ends)
         full = len(messages) >= self.settings.batch_events
         return Batch(records, follows, ends, self._generation, member=self._member, full=full)
+
+    def _complain(self) -> None:
+        """Raise what the client complained of while it gave messages."""
+        if self._complaint is not None:
+            complaint, self._complaint = self._complaint, None
+            _reraise(KafkaException(complaint))
 
     def _on_error(self, error: KafkaError) -> None:
         _log_client_error(error)

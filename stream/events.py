@@ -8,10 +8,12 @@ here knows of Kafka clients, Faust or torch: bytes in, models out.
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError
@@ -22,6 +24,7 @@ from stream.errors import DeadLetter, Reason
 SCHEMA_VERSION = "1.0"
 MAX_MESSAGE_BYTES = 1_000_000
 MAX_CLASS_NAME = 128
+MAX_MODEL_VERSION = 100
 NUL = "character U+0000 is not allowed: PostgreSQL has no text with it"
 
 Headers = tuple[tuple[str, bytes], ...]
@@ -109,8 +112,8 @@ class Prediction(Wire):
     event_id: EventId
     stream: StreamName
     label: str | None
-    probabilities: dict[str, float]
-    novelty: float
+    probabilities: dict[str, Finite]
+    novelty: Finite
     model_version: str
     ref: Place
     observed_at: AwareDatetime
@@ -132,6 +135,8 @@ class LabelRequest(Wire):
     model_version: str
     asked_at: AwareDatetime
 
+
+_TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 M = TypeVar("M", Report, Telemetry, Label, Prediction)
 
@@ -162,6 +167,12 @@ class StreamRules:
 def utc_now() -> datetime:
     """The wall clock as the wire writes it."""
     return datetime.now(UTC)
+
+
+@lru_cache(maxsize=256)
+def is_topic(name: str) -> bool:
+    """Whether Kafka could have a topic of that name; asked for another one, its clients wait without an end."""
+    return _TOPIC_NAME.fullmatch(name) is not None and name not in (".", "..")
 
 
 def encode(message: BaseModel) -> bytes:
@@ -332,9 +343,24 @@ def _check_storable(message: Report | Telemetry | Label | Prediction) -> None:
     else:
         _check_year("observed_at", message.observed_at, message.event_id)
         if isinstance(message, Prediction):
-            _check_year("predicted_at", message.predicted_at, message.event_id)
+            _check_answer(message)
     if "\0" in message.event_id:
         raise DeadLetter(Reason.INVALID_FIELD, "event_id", NUL, message.event_id)
+
+
+def _check_answer(message: Prediction) -> None:
+    _check_year("predicted_at", message.predicted_at, message.event_id)
+    for field, text, most in (
+        ("label", message.label, MAX_CLASS_NAME),
+        ("model_version", message.model_version, MAX_MODEL_VERSION),
+    ):
+        if text and len(text) > most:
+            detail = f"{len(text)} characters, at most {most} are taken"
+            raise DeadLetter(Reason.INVALID_FIELD, field, detail, message.event_id)
+        if text and "\0" in text:
+            raise DeadLetter(Reason.INVALID_FIELD, field, NUL, message.event_id)
+    if not is_topic(message.ref.topic):
+        raise DeadLetter(Reason.INVALID_FIELD, "ref.topic", "no topic can have that name", message.event_id)
 
 
 def _check_year(field: str, at: datetime, event_id: str) -> None:
@@ -392,7 +418,7 @@ def dead_letter_headers(error: DeadLetter, record: Record, at: datetime) -> list
     """The original headers, then why, where and when the message was refused."""
     added = {
         "trimtab-reason": str(error.reason),
-        "trimtab-field": error.field,
+        "trimtab-field": error.field[:200],
         "trimtab-detail": error.detail[:1000],
         "trimtab-event-id": error.event_id or "",
         "trimtab-topic": record.topic,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import ssl
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +50,10 @@ TopicKind = Literal[
     "dead_letters",
 ]
 KINDS: tuple[TopicKind, ...] = get_args(TopicKind)
+WRITTEN: tuple[TopicKind, ...] = ("predictions", "label_requests", "model_versions", "audit", "dead_letters")
+"""What trimtab writes to."""
+MESSAGE_BYTES = 1_000_012
+"""What the client library puts into one request for a partition, unless told otherwise, and a batch's own head."""
 
 
 def _servers(found: object) -> object:
@@ -477,7 +481,9 @@ def check_topics(kafka: KafkaSettings, topics: Topics, events: Iterable[str] = (
         found = {
             topic["name"]: len(topic["partitions"]) for topic in client.describe_topics() if topic["name"] in names
         }
-        policy = _cleanup_policy(client, versions) if versions in found else None
+        written = [name for name in map(topics.name, WRITTEN) if name in found]
+        configs = _configs(client, written)
+    policy = configs.get(versions, {}).get("cleanup.policy")
     wrong = []
     missing = [layout.name for layout in wanted if layout.name not in found]
     if missing:
@@ -499,17 +505,27 @@ def check_topics(kafka: KafkaSettings, topics: Topics, events: Iterable[str] = (
             f"compacted: `kafka-configs.sh --bootstrap-server {kafka.bootstrap_servers} --alter --entity-type topics "
             f"--entity-name {versions} --add-config cleanup.policy=compact`"
         )
+    for name in written:
+        most = configs.get(name, {}).get("max.message.bytes")
+        if most is not None and int(most) < MESSAGE_BYTES:
+            wrong.append(
+                f"{name} has max.message.bytes={most}; a dead letter, and what is written together, may be as large as "
+                f"{MESSAGE_BYTES}: `kafka-configs.sh --bootstrap-server {kafka.bootstrap_servers} --alter "
+                f"--entity-type topics --entity-name {name} --add-config max.message.bytes={MESSAGE_BYTES}`"
+            )
     if wrong:
         raise Misconfigured("topics: " + "\ntopics: ".join(wrong))
     return found
 
 
-def _cleanup_policy(client: KafkaAdminClient, topic: str) -> str | None:
-    """The topic's cleanup policy, or None from a broker that does not tell, such as the embedded one."""
-    resource = ConfigResource(ConfigResourceType.TOPIC, topic)
-    answer = client.describe_configs([resource], config_filter="all")
-    policy = answer.get("topic", {}).get(topic, {}).get("cleanup.policy")
-    return None if policy is None else str(policy["value"])
+def _configs(client: KafkaAdminClient, topics: Sequence[str]) -> dict[str, dict[str, str]]:
+    """The topics' settings; none from a broker that does not tell, such as the embedded one."""
+    resources = [ConfigResource(ConfigResourceType.TOPIC, topic) for topic in topics]
+    told = client.describe_configs(resources, config_filter="all").get("topic", {}) if resources else {}
+    return {
+        topic: {name: str(one["value"]) for name, one in settings.items() if one.get("value") is not None}
+        for topic, settings in told.items()
+    }
 
 
 def _milliseconds(days: float) -> str:

@@ -16,7 +16,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
 
 from stream.batches import UNREADABLE, record_of, step_over
 from stream.errors import DeadLetter, RetryLater
-from stream.events import Decoder, Event, Place, Record
+from stream.events import Decoder, Event, Place, Record, is_topic
 
 RUN_GAP = 2_000
 """Places at most this many offsets apart are read in one run: reading on is cheaper than another seek."""
@@ -71,6 +71,8 @@ class Lookback:
 
     def _held(self, topic: str, partition: int) -> tuple[int, int] | None:
         """First and end offset of the partition; None where it does not exist any more."""
+        if not is_topic(topic):
+            return None
         try:
             low, _ = self._consumer.get_watermark_offsets(TopicPartition(topic, partition), timeout=self._seconds)
         except KafkaException as error:

@@ -25,6 +25,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import sha256
 
 import mode
 
@@ -40,6 +41,10 @@ logger = logging.getLogger(__name__)
 
 PASSED_ON = frozenset({"ce_id", "ce_type", "ce_source", "ce_time", "traceparent", "tracestate"})
 MAX_DEAD_LETTER_BYTES = 900_000
+KEPT_BYTES = 65_536
+"""What is copied of a message that is too large for a dead letter."""
+KEY_KEPT_BYTES = 1_000
+MAX_PASSED_ON_BYTES = 12_000
 POISON_IN_A_ROW = 10
 """Events that may fail the model one after another, none answered between them, before the model is at fault."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -206,18 +211,33 @@ def _check_count(stream: str, answers: Sequence[Answer], events: Sequence[Event]
 
 
 def dead_letter(topic: str, refusal: DeadLetter, record: Record, at: datetime) -> Outgoing:
-    """The message for the dead-letters topic; one too large for it is kept by reference to its place in the log."""
+    """The message for the dead-letters topic; of one too large for it the beginning, its checksum and its place."""
     headers = dead_letter_headers(refusal, record, at)
-    size = len(record.value or b"") + len(record.key or b"") + sum(len(n) + len(v or b"") for n, v in headers)
-    if size > MAX_DEAD_LETTER_BYTES:
-        added = headers[len(record.headers) :]
-        return Outgoing(topic, None, None, (*added, ("trimtab-by-reference", b"1")))
-    return Outgoing(topic, record.key, record.value, tuple(headers))
+    value = record.value or b""
+    size = len(value) + len(record.key or b"") + sum(_header_bytes(header) for header in headers)
+    if size <= MAX_DEAD_LETTER_BYTES:
+        return Outgoing(topic, record.key, record.value, tuple(headers))
+    whole = {"trimtab-by-reference": "1", "trimtab-bytes": str(len(value)), "trimtab-sha256": sha256(value).hexdigest()}
+    added = [*headers[len(record.headers) :], *((name, text.encode()) for name, text in whole.items())]
+    key = record.key if len(record.key or b"") <= KEY_KEPT_BYTES else None
+    return Outgoing(topic, key, value[:KEPT_BYTES], tuple(added))
 
 
 def passed_on(headers: Headers) -> Headers:
-    """CloudEvents attributes and the trace context of an event, for its prediction."""
-    return tuple(h for h in headers if h[0] in PASSED_ON) if headers else ()
+    """CloudEvents attributes and the trace context of an event, for its prediction; none that would make it large."""
+    if not headers:
+        return ()
+    found = tuple(header for header in headers if header[0] in PASSED_ON)
+    if sum(map(_header_bytes, found)) <= MAX_PASSED_ON_BYTES:
+        return found
+    kept = tuple(header for header in found if _header_bytes(header) <= MAX_PASSED_ON_BYTES // len(PASSED_ON))
+    return tuple({name: (name, value) for name, value in kept}.values())
+
+
+def _header_bytes(header: tuple[str, bytes]) -> int:
+    """A header's size in the log, its two lengths with it."""
+    name, value = header
+    return len(name.encode()) + len(value or b"") + 10
 
 
 def record_attributes(record: Record) -> dict[str, str | int]:

@@ -45,6 +45,30 @@ VALID: dict[str, tuple[dict[str, Any], ...]] = {
         },
         {"event_id": "w-1", "stream": "probe", "label": None, "labelled_at": "2026-01-02T03:04:05Z"},
     ),
+    "prediction": (
+        {
+            "event_id": "r-1",
+            "stream": "notes",
+            "label": "Übergang",
+            "probabilities": {"Übergang": 0.75, "calm": 0.25},
+            "novelty": 0.5,
+            "model_version": "v1.2",
+            "ref": {"topic": "reports", "partition": 0, "offset": 7},
+            "observed_at": "2026-01-02T03:04:05Z",
+            "predicted_at": "2026-01-02T03:04:06Z",
+        },
+        {
+            "event_id": "w-1",
+            "stream": "probe",
+            "label": None,
+            "probabilities": {},
+            "novelty": 1.0,
+            "model_version": "v0.0",
+            "ref": {"topic": "telemetry", "partition": 3, "offset": 2**40},
+            "observed_at": "2026-01-02T03:04:05+02:00",
+            "predicted_at": "2026-01-02T03:04:06Z",
+        },
+    ),
     "control": (
         {"action": "retrain", "stream": "probe", "who": "ops", "reason": "by hand"},
         {"action": "rollback", "stream": "probe", "version": "v3.17"},
@@ -54,7 +78,8 @@ VALID: dict[str, tuple[dict[str, Any], ...]] = {
 
 STRANGE: Sequence[Any] = (
     None, True, False, 0, -1, 2**31, 2**63, 2**64, -(2**63), 10**400, 1e308, -1e308, 5e-324, float("nan"),
-    float("inf"), "", " ", "\0", "x" * 201, "x" * 20_001, "\u202e", "\ud800", "\U000e0001", "NaN", "1e999", "null",
+    float("inf"), "", " ", "\0", "a\0b", "bad topic!", "..", "x" * 201,
+    "x" * 20_001, "\u202e", "\ud800", "\U000e0001", "NaN", "1e999", "null",
     [], [[]], {}, {"": {}}, [[1], [1, 2]], [[None] * 65] * 2, [["1"]], ["a", "a"], "0001-01-01T00:00:00+14:00",
     "9999-12-31T23:59:59-14:00", "2026-01-02T03:04:05", "2026-02-30T00:00:00Z", "yesterday", 1e18, "2.0", "1.99", "v0",
 )  # fmt: skip
@@ -64,7 +89,7 @@ def messages(kind: str, count: int, seed: int) -> Iterator[Message]:
     """So many broken messages; about one in twelve is whole, so that good ones must get through between them.
 
     Args:
-        kind: `event`, `label` or `control`.
+        kind: `event`, `label`, `prediction` or `control`.
     """
     chance = random.Random(seed)
     for _ in range(count):
@@ -96,6 +121,10 @@ def _strange_field(value: bytes, chance: random.Random) -> bytes:
 
 def _strange_element(value: bytes, chance: random.Random) -> bytes:
     fields = _load(value)
+    within = chance.choice(("ref", "probabilities")) if isinstance(fields.get("ref"), dict) else ""
+    if isinstance(fields.get(within), dict):
+        name = chance.choice([*fields[within], "extra", "a\0b"])
+        return _dump({**fields, within: {**fields[within], name: chance.choice(STRANGE)}})
     rows = fields.get("values")
     if not (isinstance(rows, list) and rows and isinstance(rows[0], list) and rows[0]):
         return _strange_field(value, chance)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +20,7 @@ from learner.control import ControlSettings, Gate, Refused
 from monitoring.metrics import Metrics
 from stream.batches import Batch
 from stream.errors import DeadLetter, Reason
-from stream.events import Decoder, Label, Place, Prediction, Record, Telemetry, encode, utc_now
+from stream.events import Decoder, Label, Place, Prediction, Record, Report, Telemetry, encode, utc_now
 from stream.worker import MAX_DEAD_LETTER_BYTES, Classifier, Outgoing
 from tests.chaos.malformed import RULES, Message, messages
 from tests.kafka import KafkaBroker
@@ -51,12 +55,15 @@ def check_answers(records: Sequence[Record], outgoing: Sequence[Outgoing]) -> Co
         if message.topic == "predictions":
             answered[Prediction.model_validate_json(message.value or b"").ref.offset] += 1
             continue
-        headers = dict(message.headers[-9:])
+        headers = dict(message.headers[-11:])
         source = places[int(headers["trimtab-offset"])]
         answered[source.offset] += 1
         reasons[headers["trimtab-reason"].decode()] += 1
-        assert message.headers[: len(source.headers)] == source.headers
-        if "trimtab-by-reference" not in headers:
+        if "trimtab-by-reference" in headers:
+            assert headers["trimtab-sha256"].decode() == sha256(source.value or b"").hexdigest()
+            assert (source.value or b"").startswith(message.value or b"")
+        else:
+            assert message.headers[: len(source.headers)] == source.headers
             assert (message.key, message.value) == (source.key, source.value)
         size = len(message.value or b"") + sum(len(name) + len(value or b"") for name, value in message.headers)
         assert size < MAX_DEAD_LETTER_BYTES + 10_000
@@ -105,12 +112,83 @@ def test_oversized_ones_are_parked_by_reference() -> None:
     assert reasons == {"malformed_json": 2, "too_large": 2}
 
 
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    made = Loop(tmp_path_factory.mktemp("loop"))
+def test_what_is_as_large_as_a_broker_takes_is_answered_or_parked_there(
+    kafka: KafkaBroker, topics: Callable[[], str], tmp_path: Path
+) -> None:
+    """A message is more than its value: what an answer or a dead letter adds to it may be what the broker refuses."""
+    good = encode(Report(event_id="good", stream="notes", observed_at=utc_now(), text="fine"))
+    broken: list[Message] = [
+        (b"k" * 1_040_000, b"{}", ()),
+        (b"k", b"{}", (("tenant", b"h" * 1_040_000),)),
+        (b"k", b"{}", (("h", b""),) * 85_000),
+        (b"k", b"{" * 895_000, (("tenant", b"h" * 90_000),)),
+        (b"k", b"{" * 1_040_000, ()),
+    ]
+    whole: list[Message] = [
+        (b"k", good, ()),
+        (b"k", good, (("ce_source", b"s" * 1_040_000), ("ce_id", b"1"))),
+        (b"k", good, (("traceparent", b"t"),) * 50_000),
+        (b"k" * 1_040_000, good, ()),
+    ]
+    pipeline = Pipeline(kafka, topics(), tmp_path / "worker.log")
+    try:
+        sent = [message for pair in itertools.zip_longest(broken, whole) for message in pair if message is not None]
+        # As much as the broker takes unless told otherwise, and other clients send.
+        producer = Producer({**kafka.client(), "message.max.bytes": 1_048_500})
+        for key, value, headers in sent:
+            producer.produce(pipeline.prefix + "events", value, key, headers=list(headers))
+        assert producer.flush(60) == 0
+        pipeline.start(batch_events=500, member_id=uuid.uuid4().hex)
+        until(lambda: pipeline.committed() == len(sent), every=0.5)
+        assert len(pipeline.answers()) == len(whole)
+        letters = [dict(one.headers) for one in pipeline.dead_letters()]
+        assert len({(one["trimtab-partition"], one["trimtab-offset"]) for one in letters}) == len(broken)
+        assert {one["trimtab-bytes"] for one in letters} == {b"2", b"895000", b"1040000"}
+        assert ("ce_id", b"1") in [
+            header for one in kafka.consume_all(pipeline.prefix + "predictions") for header in one.headers
+        ]
+    finally:
+        for worker in pipeline.workers:
+            worker.kill()
+            worker.wait()
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def loop(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    server = request.getfixturevalue("postgres") if request.param == "postgresql" else None
+    made = Loop(tmp_path_factory.mktemp("loop"), url=None if server is None else server.database())
     made.teach("calm1", "storm1")
     yield made
     made.close()
+
+
+def decodes(loop: Loop, record: Record) -> bool:
+    try:
+        (loop.decoder.label if record.topic == "labels" else loop.decoder.prediction)(record)
+    except DeadLetter:
+        return False
+    return True
+
+
+def test_broken_predictions_and_labels_together_are_each_kept_or_parked(loop: Loop) -> None:
+    """Whoever may write to the topics names places, versions and classes; the learner asks Kafka and its database."""
+    at = loop.store.offsets()
+    before = len(loop.store.outbox(10**6))
+    records = []
+    for topic, seed in (("predictions", 5), ("labels", 6)):
+        for number, (key, value, headers) in enumerate(messages(topic[:-1], COUNT // 8, seed)):
+            told = re.sub(rb'"(notes|probe)"', b'"pump"', value or b"")
+            # Of its own event each, so that what comes first is not all that is kept.
+            told = re.sub(rb'"([rw])-1"', rb'"\1-%d"' % number, told)
+            records.append(Record(topic, 0, at[topic, 0] + number, key, told, headers))
+    parked = sum(not decodes(loop, one) for one in records)
+    for first in range(0, len(records), BATCH // 10):
+        batch = records[first : first + BATCH // 10]
+        loop.joiner.step(Batch(batch, {}, {(batch[-1].topic, 0): batch[-1].offset + 1}, 1))
+    assert loop.store.offsets() == {where: offset + COUNT // 8 for where, offset in at.items()}
+    assert len(loop.store.outbox(10**6)) - before == parked
+    assert COUNT / 40 < parked < len(records) - COUNT / 40
+    # All of what is asked of the places must be names that Kafka can have.
 
 
 def test_broken_labels_are_each_learned_or_parked(loop: Loop) -> None:

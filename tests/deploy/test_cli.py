@@ -556,6 +556,17 @@ def test_pruning_asks_keeps_what_is_named_and_can_be_tried(registry: Registry, m
     assert gone == ["v2", "v3"]
 
 
+@pytest.mark.parametrize("number", ["x", "-1", "\u00b2", "9" * 5_000, "", str(2**63)])
+def test_a_letter_whose_place_is_nonsense_is_still_a_letter(number: str) -> None:
+    """Whoever may write to the topic could otherwise keep everybody from reading it, the console included."""
+    from deploy.messages import letter
+
+    headers = tuple((f"trimtab-{name}", number.encode()) for name in ("reason", "topic", "partition", "offset"))
+    one = letter(Record("dead", 0, 3, None, b"?", headers))
+    assert (one.original.partition, one.original.offset) == (0, 0)
+    assert one.original.place.partition == 0
+
+
 def test_a_record_of_another_make_is_still_a_letter() -> None:
     """Whatever somebody put on the topic, listing it must not fail."""
     from deploy.messages import letter

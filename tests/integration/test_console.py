@@ -309,14 +309,13 @@ def test_quarantined_labels_are_released_and_dropped(site: Site) -> None:
     site.confirm(page, "Release 1 label", "seen by eye")
     expect(page.get_by_role("status")).to_contain_text("1 label released")
     until(lambda: learned(deployment).get(released["event_id"]) == released["label"])
-    before = len(waiting(site))
     dropped = waiting(site)[0]
     page.get_by_role("checkbox", name=f"Choose label {dropped['id']}").check()
     page.get_by_role("button", name="Drop", exact=True).click()
     expect(page.get_by_role("dialog")).to_contain_text("cannot be undone")
     page.keyboard.press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
-    assert len(waiting(site)) == before, "who turns back has dropped nothing"
+    assert dropped["id"] in {one["id"] for one in waiting(site)}, "who turns back has dropped nothing"
     page.get_by_role("button", name="Drop", exact=True).click()
     site.confirm(page, "Drop 1 label")
     expect(page.get_by_role("status")).to_contain_text("1 label dropped")

@@ -78,9 +78,12 @@ class Log:
 
     def __init__(self) -> None:
         self.events: dict[Place, Record] = {}
+        self.asked: set[Place] = set()
 
     def read(self, places: Iterable[Place]) -> dict[Place, Record]:
         """Those that are there."""
+        places = set(places)
+        self.asked |= places
         return {place: self.events[place] for place in places if place in self.events}
 
 
@@ -93,11 +96,14 @@ class Loop:
         settings: StoreSettings | None = None,
         replay: ReplaySettings | None = None,
         exam: ExamSettings | None = None,
+        url: str | None = None,
     ) -> None:
         self.directory = directory
         self.metrics = Metrics()
+        self.decoder = Decoder([StreamRules(STREAM, "telemetry", CHANNELS)])
         self.now = START
-        self.store = LearnerStore(f"sqlite:///{directory}/learner.db", {STREAM: replay or ReplaySettings()}, settings)
+        where = url or f"sqlite:///{directory}/learner.db"
+        self.store = LearnerStore(where, {STREAM: replay or ReplaySettings()}, settings)
         self.registry = Registry(str(directory / "registry"))
         self.log = Log()
         self.course = Course("telemetry", FineTuneSettings(), exam or ExamSettings(), Triggers())
@@ -113,7 +119,7 @@ class Loop:
         self.joiner = Joiner(
             self.store,
             self.epoch,
-            Decoder([StreamRules(STREAM, "telemetry", CHANNELS)]),
+            self.decoder,
             self.log,  # type: ignore[arg-type]
             {STREAM: self.learner},
             {STREAM: DriftMonitor()},

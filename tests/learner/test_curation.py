@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,44 @@ def test_the_page_says_what_waits_and_how_labellers_stand(desk: Callable[..., De
     assert alike["class b"] == []
 
 
+def test_no_field_of_a_label_stands_for_one_of_the_page(desk: Callable[..., Desk]) -> None:
+    """A person releases by the id that is shown: a sender that names one would have other labels released."""
+    one = desk(max_new_classes_a_day=0)
+    forged = {
+        "id": 7,
+        "reason": "fine",
+        "detail": "fine",
+        "place": "here",
+        "set_aside_at": "never",
+        "more": float("inf"),
+    }
+    sent = one.record(one.label("e1", "new", "bob"))
+    told = {**json.loads(sent.value or b""), **forged}
+    one.step([sent._replace(value=json.dumps(told).encode())])
+    app: Any = SimpleNamespace(
+        parts=SimpleNamespace(store=one.store, curator=one.curator, learners={STREAM: one.learner})
+    )
+    (row,) = LearnerApp._quarantine(app, STREAM, {})["labels"]
+    (held,) = one.store.quarantined()
+    assert (row["id"], row["reason"], row["place"]) == (held.id, "class_quota", held.place)
+    assert "more" not in row
+
+
+def test_the_learner_lets_go_of_what_it_counted_beyond_the_bound(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One small step at a time, until the index is as large as it may be, and no further."""
+    one = desk()
+    one.step([one.event("x") for _ in range(12)])
+    monkeypatch.setattr("learner.app.PURGED_AT_ONCE", 3)
+    one.store.settings = one.store.settings.model_copy(update={"index_size": 7})
+    app: Any = SimpleNamespace(
+        parts=SimpleNamespace(store=one.store, epoch=one.epoch), _clock=lambda: one.now, _indexed=12
+    )
+    assert [LearnerApp._purge_index(app) for _ in range(3)] == [True, False, False]
+    assert (app._indexed, one.store.sizes()["served"]) == (7, 7)
+
+
 # By hand
 
 
@@ -250,6 +289,57 @@ def test_a_merged_class_is_as_if_it_had_been_named_so(desk: Callable[..., Desk])
     assert mixed.store.class_counts(STREAM, exam=True) == plain.store.class_counts(STREAM, exam=True)
     assert mixed.learner.serving.head is not None
     assert mixed.learner.serving.head.classes == ("Power", "thermal")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_in_any_order_among_renames_end_in_the_final_names(desk: Callable[..., Desk], seed: int) -> None:
+    """A correction or a withdrawal that names a class as it was called once must hit what was learned of it."""
+    chance, one = np.random.default_rng(seed), desk()
+    letters = list("abcdefgh")
+    said: dict[tuple[str, str], tuple[tuple[int, int], str | None]] = {}
+    served: dict[str, str] = {}
+    now: dict[str, str] = {}
+    waiting: list[Any] = []
+    for _ in range(120):
+        labels = len(said)
+        match chance.choice(["event", "label", "label", "label", "predict", "rename"]):
+            case "event":
+                answer = one.event(str(chance.choice(letters)), served=str(chance.choice(letters)))
+                waiting.append(answer)
+            case "label" if one.truth:
+                event, who = str(chance.choice(list(one.truth))), str(chance.choice(["ann", "bob"]))
+                name = None if chance.random() < 0.2 else str(chance.choice(letters))
+                second, place = int(chance.integers(20)), one._next["labels"]
+                one.step([one.label(event, name, who, second)])
+                order = second, place
+                if (event, who) not in said or said[event, who][0] < order:
+                    said[event, who] = order, None if name is None else now.get(name, name)
+            case "predict" if waiting:
+                answer = waiting.pop(int(chance.integers(len(waiting))))
+                served[answer.event_id] = now.get(str(answer.label), str(answer.label))
+                one.step([answer])
+            case "rename" if labels:
+                old, new = (str(name) for name in chance.choice(letters, 2))
+                try:
+                    one.curator.rename(STREAM, old, new, merge=new in one.store.classes(STREAM))
+                except Refused:
+                    continue
+                said = {key: (order, new if name == old else name) for key, (order, name) in said.items()}
+                served = {event: new if name == old else name for event, name in served.items()}
+                now.pop(new, None)
+                now = {name: new if into == old else into for name, into in now.items()} | {old: new}
+    final: dict[str, str] = {}
+    for event in served:
+        live = [(order[0], who, name) for (key, who), (order, name) in said.items() if key == event and name]
+        if live:
+            final[event] = max(live)[2]
+    assert final
+    assert one.learned() == final
+    assert one.head_due()
+    assert {row.event_id: (row.label, row.predicted) for row in one.store.scores(STREAM)} == {
+        event: (name, served[event]) for event, name in final.items()
+    }
+    assert one.store.aliases(STREAM) == now
 
 
 def test_a_merge_counts_votes_anew(desk: Callable[..., Desk]) -> None:

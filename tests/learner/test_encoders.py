@@ -104,6 +104,12 @@ def commanded() -> Encoder:
     return build_telemetry_encoder(["bus_voltage", *commands], 7, commands=commands, window=32, dimension=96, learned=8)
 
 
+@pytest.fixture(scope="module")
+def tuned() -> Encoder:
+    """An encoder whose statistics a test may set."""
+    return build_telemetry_encoder(CHANNELS, 7, window=32, dimension=64, learned=8)
+
+
 def windows(count: int, steps: int = 32, seed: int = 0) -> list[npt.NDArray[np.float32]]:
     """Ordinary windows with a few gaps, in very different units."""
     chance = np.random.default_rng(seed)
@@ -130,6 +136,17 @@ def test_any_window_has_a_finite_embedding_within_the_bound(
     assert out.shape == (1, telemetry.spec.dimension)
     assert np.isfinite(out).all()
     assert np.abs(out).max() <= telemetry.spec.bound
+
+
+@given(window=anything, scale=st.sampled_from([1e-38, 1e-3, 1.0, 1e30]), centre=st.sampled_from([0.0, 1e30, -3e38]))
+@settings(max_examples=60, deadline=None)
+def test_any_window_has_a_finite_embedding_in_any_unit(
+    tuned: Encoder, window: npt.NDArray[np.float32], scale: float, centre: float
+) -> None:
+    """A sensor that breaks sends the largest number there is, and a fine-tune has learned how small it used to be."""
+    assert isinstance(tuned.module, TelemetryModule)
+    tuned.module.set_statistics(torch.full((3,), centre), torch.full((3,), scale))
+    assert np.isfinite(tuned.embed([window])).all()
 
 
 def test_padding_before_a_window_changes_nothing(telemetry: Encoder) -> None:
@@ -314,7 +331,7 @@ def test_trained_weights_and_statistics_are_in_the_sealed_spec(tmp_path: Path) -
     assert loaded.embed(windows(5)).tobytes() == encoder.embed(windows(5)).tobytes()
 
 
-@pytest.mark.parametrize("bad", ["channels", "zero", "nan"])
+@pytest.mark.parametrize("bad", ["channels", "zero", "nan", "infinite"])
 def test_useless_statistics_are_refused(bad: str) -> None:
     """A scale of zero would make every later embedding infinite."""
     encoder = build_telemetry_encoder(CHANNELS, 3, window=32, dimension=64, learned=8)
@@ -323,6 +340,7 @@ def test_useless_statistics_are_refused(bad: str) -> None:
         "channels": torch.ones(2),
         "zero": torch.tensor([1.0, 0.0, 1.0]),
         "nan": torch.tensor([1.0, math.nan, 1.0]),
+        "infinite": torch.tensor([1.0, math.inf, 1.0]),
     }[bad]
     with pytest.raises(ValueError, match="scale"):
         encoder.module.set_statistics(torch.zeros(3), scale)

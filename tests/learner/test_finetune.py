@@ -39,7 +39,8 @@ from learner.finetune import (
     run_finetune,
 )
 from learner.heads import quantise
-from learner.training import Row, TrainingState, carry_out, hold_out, learning_rate_scale, train
+from learner.telemetry import TelemetryModule
+from learner.training import Row, TrainingState, _set_statistics, carry_out, hold_out, learning_rate_scale, train
 from replay.snapshot import write_snapshot
 from replay.store import Example
 from stream.events import Place
@@ -543,6 +544,20 @@ def test_a_state_of_another_size_is_left_aside(known: str, tmp_path: Path) -> No
     assert summary.run == 1
     assert len(summary.notes) == 1
     assert "was left aside" in summary.notes[0]
+
+
+@pytest.mark.parametrize(("number", "rows"), [(3.4e38, 4), (1.4e-45, 200)])
+def test_the_statistics_of_extreme_numbers_can_be_used(number: float, rows: int) -> None:
+    """They are kept for good: one that float32 has as 0 or infinity would end this run and each one after it."""
+    encoder = telemetry_encoder()
+    assert isinstance(encoder.module, TelemetryModule)
+    windows = np.zeros((rows, len(CHANNELS), 16), np.float32)
+    if number > 1:
+        windows[::2], windows[1::2] = number, -number
+    else:
+        windows[0, :, 0] = number
+    _set_statistics(encoder.module, [Row(str(place), "one", window, "new") for place, window in enumerate(windows)])
+    assert np.isfinite(encoder.embed(list(windows))).all()
 
 
 @given(total=st.integers(1, 500), ratio=st.floats(0, 1))

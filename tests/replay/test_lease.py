@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from replay.lease import Lease
 from replay.store import LearnerStore
-from stream.errors import RetryLater, Superseded
+from stream.errors import RetryLater, Superseded, TrimtabError
 from tests.replay.steps import NOW
 from tests.waiting import until
 
@@ -117,6 +118,30 @@ def test_of_many_that_start_at_once_one_leads(fresh: Callable[[], str]) -> None:
     for thread in threads:
         thread.join(60)
     assert sorted(led, key=str) == [1, None, None, None]
+
+
+def test_a_new_database_is_opened_by_all_who_want_it(tmp_path: Path) -> None:
+    """SQLite waits for every lock but one that a new database is made under; one in ten starts ended by it."""
+    opened: list[LearnerStore | TrimtabError] = []
+
+    def start(where: str, together: threading.Barrier) -> None:
+        together.wait()
+        try:
+            opened.append(LearnerStore(where))
+        except TrimtabError as error:
+            opened.append(error)
+
+    for number in range(30):
+        to_start = (f"sqlite:///{tmp_path}/{number}.db", threading.Barrier(4))
+        openers = [threading.Thread(target=start, args=to_start) for _ in range(4)]
+        for opener in openers:
+            opener.start()
+        for opener in openers:
+            opener.join(60)
+    for store in opened:
+        assert isinstance(store, LearnerStore), store
+        store.close()
+    assert len(opened) == 120
 
 
 def test_signs_of_life_keep_the_lead_and_end_with_it(stores: tuple[LearnerStore, LearnerStore]) -> None:

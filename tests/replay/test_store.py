@@ -434,6 +434,29 @@ def test_the_join_index_is_bounded(where: str) -> None:
     store.close()
 
 
+def test_the_join_index_is_let_go_of_in_small_steps(where: str) -> None:
+    """Joining waits while rows are deleted, and within an hour an index may outgrow its bound by millions."""
+    store = LearnerStore(where, settings=StoreSettings(index_size=7, horizon=timedelta(minutes=1)))
+    learner = Learner(store)
+    for start in range(0, 20, 5):
+        learner.now += timedelta(seconds=1)
+        learner.step([prediction(f"n{n}", None, ref=n, at=n) for n in range(start, start + 5)])
+
+    def step() -> int:
+        with store.transaction(learner.epoch, learner.now) as tx:
+            return tx.purge_index(6, store.sizes()["served"] - 7)
+
+    assert [step() for _ in range(4)] == [6, 6, 1, 0]
+    left = {event_id for _, event_id in store.known({(STREAM, f"n{n}") for n in range(20)}).served}
+    assert len(left) == 7
+    assert left >= {f"n{n}" for n in range(15, 20)}
+    learner.now += timedelta(minutes=1)
+    assert [step() for _ in range(3)] == [2, 0, 0]
+    learner.now += timedelta(seconds=1)
+    assert [step() for _ in range(2)] == [5, 0]
+    store.close()
+
+
 def test_history_and_outbox(store: LearnerStore) -> None:
     """What follows from an effect is kept with it, in the order in which it must leave."""
     epoch = store.claim("one", NOW)

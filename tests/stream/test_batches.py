@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from confluent_kafka import Message, Producer
+from confluent_kafka import Consumer, Message, Producer
 from kafka import KafkaProducer
 
 from monitoring.metrics import Metrics
@@ -133,6 +133,48 @@ def test_a_message_read_just_before_a_rebalance_is_not_twice_in_a_batch(group: G
     assert len(places) == len(set(places))
 
 
+def test_what_was_read_before_a_complaint_of_the_client_is_not_lost(group: Group) -> None:
+    """The client tells of a topic that went away among the messages of another one, which it will not give again."""
+    other = Consumer({**group.kafka.client(), "group.id": group.prefix + "other"})
+    other.subscribe([group.prefix + "missing"])
+    complaints: list[Message] = []
+    until(lambda: complaints.extend(m for m in other.consume(1, 1) if m.error()) or bool(complaints), every=0)
+    other.close()
+    reader = group.reader()
+    real = reader.consumer
+
+    class Complaining:
+        """The consumer, which complains once in the middle of what it gives."""
+
+        def consume(self, count: int, timeout: float) -> list[Message]:
+            found = real.consume(count, timeout)
+            return [*found[:2], complaints.pop(), *found[2:]] if complaints and len(found) > 2 else found
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+    reader.consumer = Complaining()  # type: ignore[assignment]
+    writer = KafkaWriter(group.kafka.client(), reader, "at_least_once", "", Metrics())
+    values: list[tuple[int, int]] = []
+    told: list[RetryLater] = []
+
+    def all_read() -> bool:
+        try:
+            batch = reader.read(0.2)
+        except RetryLater as error:
+            told.append(error)
+            return False
+        if batch is not None:
+            writer.write(batch, [])
+            values.extend((record.partition, record.offset) for record in batch.records)
+        return group.kafka.committed(group.prefix + "group", group.events) == dict.fromkeys(range(PARTITIONS), 8)
+
+    until(all_read, every=0)
+    writer.close()
+    assert len(told) == 1
+    assert sorted(values) == [(partition, offset) for partition in range(PARTITIONS) for offset in range(8)]
+
+
 def test_a_header_name_that_is_no_text_does_not_end_the_reader(group: Group) -> None:
     """Kafka takes any bytes as a name, and a client that gives up on them gives up on the partition for ever."""
 
@@ -185,6 +227,20 @@ def test_a_compression_bomb_costs_its_own_place_alone(group: Group) -> None:
     tail.catch_up(read.append)
     tail.close()
     assert {record.offset: record.value for record in read} == found
+
+
+def test_places_that_no_log_can_have_are_not_waited_for(group: Group) -> None:
+    """Whoever may write predictions names them; the client asks a broker for such a topic for ever."""
+    lookback = Lookback(group.kafka.client(), seconds=5)
+    names = ("bad topic!", "", ".", "..", "x" * 250, "\u00fcn\u00ef", "a\0b", group.prefix + "missing")
+    places = [Place(topic=name, partition=0, offset=0) for name in names]
+    places += [
+        Place(topic=group.odd, partition=partition, offset=offset)
+        for partition in (0, 77, 2**31 - 1)
+        for offset in (99, 2**62, 2**63 - 1)
+    ]
+    assert lookback.read(places) == {}
+    lookback.close()
 
 
 def test_a_member_whose_name_another_one_has_says_so(group: Group) -> None:

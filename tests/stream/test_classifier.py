@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from monitoring.metrics import Metrics
 from stream.errors import DeadLetter, Reason
 from stream.events import Decoder, Event, Prediction, Record, Report, StreamRules, encode, utc_now
 from stream.model import Answer
-from stream.worker import MAX_DEAD_LETTER_BYTES, POISON_IN_A_ROW, Classifier, dead_letter
+from stream.worker import KEPT_BYTES, MAX_DEAD_LETTER_BYTES, POISON_IN_A_ROW, Classifier, dead_letter
 from tests.stream.worker_process import LengthModel
 
 
@@ -45,13 +46,27 @@ def encode_report(text: str) -> bytes:
     return encode(Report(event_id="e1", stream="notes", observed_at=utc_now(), text=text))
 
 
+def test_a_field_name_that_is_a_message_of_its_own_is_cut() -> None:
+    """The keys of an object are the sender's, and one of them may be as long as a message."""
+    name = "n" * (MAX_DEAD_LETTER_BYTES + 90_000)
+    value = b'{"probabilities": {"%s": "x"}}' % name.encode()
+    decoder = Decoder([StreamRules("notes", "text")])
+    with pytest.raises(DeadLetter) as refusal:
+        decoder.prediction(record(b'{"event_id":"e","stream":"notes","label":null,' + value[1:]))
+    assert "n" * 1000 in refusal.value.field
+    message = dead_letter("dead-letters", refusal.value, record(value), utc_now())
+    assert sum(len(found) for _, found in message.headers) + len(message.value or b"") < MAX_DEAD_LETTER_BYTES
+
+
 def test_a_dead_letter_too_large_for_its_topic_is_kept_by_reference() -> None:
     """The broker would refuse it, and refusing it again at every retry would stop the stream."""
     large = record(b"x" * MAX_DEAD_LETTER_BYTES, offset=7)
     message = dead_letter("dead-letters", DeadLetter(Reason.TOO_LARGE, "", "too large"), large, utc_now())
-    assert message.value is None
+    assert message.value == (large.value or b"")[:KEPT_BYTES]
     headers = dict(message.headers)
     assert headers["trimtab-by-reference"] == b"1"
+    assert headers["trimtab-bytes"] == b"%d" % MAX_DEAD_LETTER_BYTES
+    assert headers["trimtab-sha256"].decode() == sha256(large.value or b"").hexdigest()
     assert (headers["trimtab-topic"], headers["trimtab-partition"], headers["trimtab-offset"]) == (
         b"reports",
         b"3",

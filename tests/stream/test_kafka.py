@@ -18,6 +18,7 @@ from faust.transport.drivers.aiokafka import credentials_to_aiokafka_auth
 from hypothesis import given
 from hypothesis import strategies as st
 from kafka import KafkaConsumer, KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType
 from pydantic import BaseModel, ValidationError
 
 from stream.errors import Misconfigured, RetryLater
@@ -267,6 +268,35 @@ def test_everything_wrong_is_said_at_once(kafka: KafkaBroker, topics: Callable[[
     assert f"--entity-name {names.name('model_versions')} --add-config cleanup.policy=compact" in said
 
 
+def test_a_topic_that_takes_less_than_is_written_to_it_is_refused(
+    kafka: KafkaBroker, topics: Callable[[], str]
+) -> None:
+    """The first large dead letter would stop the stream, a year later; the message must mend it, and it must work."""
+    settings, names = settings_for(kafka), Topics(prefix=topics(), partitions=1)
+    create_topics(settings, names)
+    letters = names.name("dead_letters")
+
+    def limit(size: str) -> None:
+        with admin_client(settings) as client:
+            client.alter_configs([ConfigResource(ConfigResourceType.TOPIC, letters, {"max.message.bytes": size})])
+
+    limit("100000")
+    until(lambda: _refusal(settings, names) is not None)
+    said = str(_refusal(settings, names))
+    assert f"--entity-name {letters} --add-config max.message.bytes=" in said
+    assert names.name("predictions") not in said
+    limit(said.rpartition("max.message.bytes=")[2].rstrip("`"))
+    until(lambda: _refusal(settings, names) is None)
+
+
+def _refusal(settings: KafkaSettings, names: Topics) -> Misconfigured | None:
+    try:
+        check_topics(settings, names)
+    except Misconfigured as refused:
+        return refused
+    return None
+
+
 def test_a_layout_that_kafka_refuses_names_the_setting(kafka: KafkaBroker, topics: Callable[[], str]) -> None:
     """Three copies on one broker is what a first production file looks like on a laptop."""
     with pytest.raises(Misconfigured, match=r"topics\.replication: Kafka cannot keep 3 copies"):
@@ -281,6 +311,4 @@ def test_names_that_kafka_would_refuse_are_refused(block: dict[str, Any]) -> Non
 
 
 def _resource(kind: str, name: str) -> Any:
-    from kafka.admin import ConfigResource, ConfigResourceType
-
     return ConfigResource(ConfigResourceType[kind.upper()], name)
