@@ -117,7 +117,7 @@ ReasonFilter = Annotated[
 
 
 cli_begin.add_to(app)
-cli_files.add_to(app)
+cli_files.add_to(app, versions_app)
 
 
 def main() -> None:
