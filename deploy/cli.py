@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
@@ -22,7 +22,17 @@ from typer.core import TyperGroup
 
 from deploy import cli_begin, cli_files
 from deploy.cli_begin import ColumnOption, columns_given
-from deploy.terminal import ConfigOption, Format, StreamArgument, held_back, only_stream
+from deploy.terminal import (
+    ConfigOption,
+    Format,
+    JsonOption,
+    ListFormat,
+    StreamArgument,
+    held_back,
+    only_stream,
+    print_json,
+    print_rows,
+)
 from deploy.terminal import end as _end
 from deploy.terminal import known_stream as _known_stream
 from deploy.terminal import read_settings as _settings
@@ -34,7 +44,7 @@ if TYPE_CHECKING:
     from deploy.rollback import Blast
     from deploy.settings import Settings
     from learner.control import Action, ControlAnswer, ControlRequest, HeldLabels
-    from learner.registry import Registry, VersionManifest
+    from learner.registry import PruneReport, Registry, VersionManifest
     from stream.events import Prediction
 
 SHOWN_CLASSES = 30
@@ -117,7 +127,7 @@ ReasonFilter = Annotated[
 
 
 cli_begin.add_to(app)
-cli_files.add_to(app)
+cli_files.add_to(app, versions_app)
 
 
 def main() -> None:
@@ -326,7 +336,7 @@ def predictions(
     stream: Annotated[str | None, typer.Option(help="Only this stream.")] = None,
     topic: Annotated[str | None, typer.Option(help="Another topic (its whole name), such as a frozen twin's.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", "-n", help="End after so many.", min=1)] = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
 ) -> None:
     """Print what was predicted, partition by partition in the order of the log."""
     settings = _settings(config)
@@ -337,22 +347,28 @@ def predictions(
 
     if stream is not None:
         _known_stream(settings, stream)
-    decoder, shown = Decoder(rules(settings)), 0
-    with contextlib.suppress(KeyboardInterrupt):
-        for record in read(
-            settings.kafka, topic or settings.topics.name("predictions"), follow=follow, latest=latest and follow
-        ):
-            try:
-                prediction = decoder.prediction(record)
-            except DeadLetter as refusal:
-                typer.echo(f"{record.topic}[{record.partition}]@{record.offset}: {refusal}", err=True)
-                continue
-            if stream is not None and prediction.stream != stream:
-                continue
-            typer.echo((record.value or b"").decode() if format == "json" else _line(prediction))
-            shown += 1
-            if shown == limit:
-                break
+    decoder = Decoder(rules(settings))
+
+    def wanted() -> Iterator[tuple[Prediction, bytes]]:
+        # Whoever ends it with Ctrl-C has a whole document too.
+        with contextlib.suppress(KeyboardInterrupt):
+            for record in read(
+                settings.kafka, topic or settings.topics.name("predictions"), follow=follow, latest=latest and follow
+            ):
+                try:
+                    prediction = decoder.prediction(record)
+                except DeadLetter as refusal:
+                    typer.echo(f"{record.topic}[{record.partition}]@{record.offset}: {refusal}", err=True)
+                    continue
+                if stream is None or prediction.stream == stream:
+                    yield prediction, record.value or b""
+
+    found = islice(wanted(), limit)
+    if format != "text":
+        print_rows((json.loads(value) for _, value in found), format)
+        return
+    for prediction, _ in found:
+        typer.echo(_line(prediction))
 
 
 @app.command(rich_help_panel="Messages")
@@ -364,7 +380,8 @@ def audit(
     until: Annotated[
         datetime | None, typer.Option("--to", formats=TIMES, help="Only events and labels from before then, in UTC.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of a table.")] = False,
+    as_json: JsonOption = False,
+    format: Format = "text",  # noqa: A002
 ) -> None:
     """Hold the log, the learner's database and the registry against each other; exit 1 where a promise was broken.
 
@@ -374,8 +391,8 @@ def audit(
 
     settings = _settings(config)
     found = run_audit(settings, _registry(settings), _in_utc(since), _in_utc(until))
-    if as_json:
-        typer.echo(json.dumps(found.as_json()))
+    if as_json or format == "json":
+        print_json(found.as_json())
     else:
         counts = {name: value for name, value in found.as_json().items() if isinstance(value, int) and name != "kept"}
         rows = [[name.replace("_", " "), f"{value:,}"] for name, value in counts.items()]
@@ -399,7 +416,8 @@ def explain(
     everything: Annotated[
         bool, typer.Option("--all", help="Look through whole topics, however long that takes.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
+    format: Format = "text",  # noqa: A002
     url: UrlOption = None,
 ) -> None:
     """Explain a prediction: the event, every answer to it, what speaks for it, its labels, who learned from it.
@@ -410,8 +428,8 @@ def explain(
     if stream is not None:
         _known_stream(settings, stream)
     found = _explained(settings, stream, event_id, everything, url)
-    if as_json:
-        typer.echo(json.dumps(found, ensure_ascii=False))
+    if as_json or format == "json":
+        print_json(found)
         return
     from deploy.explain import lines
 
@@ -426,13 +444,12 @@ def explain(
 def letters_list(
     config: ConfigOption = None,
     reason: ReasonFilter = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
 ) -> None:
     """List the dead letters: place, when, why, and where they were first."""
     found = [one for one in _letters(_settings(config)) if reason in (None, one.reason)]
-    if format == "json":
-        for one in found:
-            typer.echo(json.dumps(_told(one)))
+    if format != "text":
+        print_rows(map(_told, found), format)
         return
     if not found:
         typer.echo("There are no dead letters." if reason is None else f"There are no dead letters for {reason}.")
@@ -598,7 +615,8 @@ def rollback(
     rate: Annotated[float, typer.Option(help="The most corrections a second.", min=1, max=100_000)] = 200.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how far it reached.")] = False,
     yes: YesOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end instead of text.")] = False,
+    as_json: JsonOption = False,
+    format: Format = "text",  # noqa: A002
     reason: ReasonOption = "",
     by_topic: ByTopicOption = False,
     url: UrlOption = None,
@@ -607,6 +625,7 @@ def rollback(
 
     It needs Kafka and the registry; with the learner's database it says which answers labels have shown to be wrong.
     """
+    as_json = as_json or format == "json"
     settings = _settings(config)
     _known_stream(settings, stream)
     moment = _moment(since)
@@ -625,7 +644,7 @@ def rollback(
             _tell_blast(found)
         if dry_run:
             if as_json:
-                typer.echo(json.dumps(found.as_json(), ensure_ascii=False))
+                print_json(found.as_json())
             return
         doing = [] if found.over else [f"roll {stream} back to {found.way.target}"]
         doing += [f"correct {len(found.radius.open):,} predictions"] if reissue and found.radius.open else []
@@ -651,9 +670,7 @@ def rollback(
         if store is not None:
             store.close()
     if as_json:
-        typer.echo(
-            json.dumps({**found.as_json(), "reissued": None if done is None else vars(done)}, ensure_ascii=False)
-        )
+        print_json({**found.as_json(), "reissued": None if done is None else vars(done)})
     elif done is not None:
         by = ", ".join(sorted(done.by)) or "nobody"
         typer.echo(
@@ -672,7 +689,7 @@ def rollback(
 def versions_list(
     stream: Annotated[str | None, typer.Argument(help="Name of the stream; all of them when left out.")] = None,
     config: ConfigOption = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
 ) -> None:
     """List the versions of a stream, newest first, as the registry has them."""
     settings = _settings(config)
@@ -699,9 +716,8 @@ def versions_list(
                     "rebuildable": _rebuildable(forgotten, manifest),
                 }
             )
-    if format == "json":
-        for row in rows:
-            typer.echo(json.dumps(row))
+    if format != "text":
+        print_rows(rows, format)
     elif not rows:
         typer.echo(f"The registry {settings.registry.url} has no versions yet.")
     else:
@@ -742,7 +758,7 @@ def versions_show(
     asked = [] if manifest.verdict is None else checks(manifest.verdict)
     if format == "json":
         more = {"rebuildable": rebuildable, "fate": fate, "checks": [vars(check) for check in asked]}
-        typer.echo(json.dumps({**manifest.model_dump(mode="json"), **more}, ensure_ascii=False))
+        print_json({**manifest.model_dump(mode="json"), **more})
         return
     lineage = manifest.lineage
     typer.echo(
@@ -797,7 +813,8 @@ def versions_diff(
     after: Annotated[str, typer.Argument(metavar="B", help="The one to compare it with.")],
     config: ConfigOption = None,
     limit: Annotated[int, typer.Option(help="Events shown at most; --json has all.", min=0)] = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of tables.")] = False,
+    as_json: JsonOption = False,
+    format: Format = "text",  # noqa: A002
 ) -> None:
     """Show which classes B answers better and worse than A on the exam's examples, and which answers changed.
 
@@ -825,8 +842,8 @@ def versions_diff(
         found = examiner.compare(stream, before, after, plan.exam)
     finally:
         store.close()
-    if as_json:
-        typer.echo(json.dumps({"stream": stream, **found.as_json()}, ensure_ascii=False))
+    if as_json or format == "json":
+        print_json({"stream": stream, **found.as_json()})
         return
     if not found.n:
         typer.echo("The exam has no examples yet: a class gives some from its tenth label on.")
@@ -874,7 +891,8 @@ def versions_rebuild(
     stream: StreamArgument,
     version: Annotated[str, typer.Argument(help="Such as v12.")],
     config: ConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")] = False,
+    as_json: JsonOption = False,
+    format: Format = "text",  # noqa: A002
 ) -> None:
     """Make a version again from its lineage and compare its weights; exit 1 where they are not the same.
 
@@ -904,8 +922,8 @@ def versions_rebuild(
             ).rebuild(stream, version)
     finally:
         store.close()
-    if as_json:
-        typer.echo(json.dumps({"stream": stream, **vars(found)}, ensure_ascii=False))
+    if as_json or format == "json":
+        print_json({"stream": stream, **vars(found)})
     else:
         said = {
             "same": "the same, bit for bit",
@@ -959,11 +977,13 @@ def versions_prune(
     config: ConfigOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")] = False,
+    format: ListFormat = "text",  # noqa: A002
 ) -> None:
     """Remove weights that nothing needs. What is in service, the last before it, and what predictions name stay."""
     settings = _settings(config)
     registry = _registry(settings)
     names = [_known_stream(settings, stream)] if stream else sorted(settings.streams)
+    pruned: list[PruneReport] = []
     for name in names:
         keep = _served_versions(settings, name)
         options = {
@@ -972,32 +992,35 @@ def versions_prune(
         }
         plan = registry.prune(name, keep, dry_run=True, **options)  # type: ignore[arg-type]
         going = f"{len(plan.versions)} versions, {len(plan.revisions)} revisions and {plan.bytes / 2**20:.1f} MiB"
+        said = [f"{name}: removed {going}"]
         if dry_run:
-            typer.echo(f"{name}: would remove {going}{': ' + ', '.join(plan.versions) if plan.versions else ''}")
-            for kept, why in plan.kept.items():
-                typer.echo(f"  keeps {kept}: {why}")
-            continue
-        if not (plan.versions or plan.revisions or plan.blobs):
-            typer.echo(f"{name}: there is nothing to remove")
-            continue
-        if not yes:
-            typer.confirm(f"{name}: remove {going}?", abort=True)
-        registry.prune(name, keep, dry_run=False, **options)  # type: ignore[arg-type]
-        typer.echo(f"{name}: removed {going}")
+            said = [f"{name}: would remove {going}{': ' + ', '.join(plan.versions) if plan.versions else ''}"]
+            said += [f"  keeps {kept}: {why}" for kept, why in plan.kept.items()]
+        elif not (plan.versions or plan.revisions or plan.blobs):
+            said = [f"{name}: there is nothing to remove"]
+        else:
+            if not yes:
+                typer.confirm(f"{name}: remove {going}?", abort=True, err=format != "text")
+            plan = registry.prune(name, keep, dry_run=False, **options)  # type: ignore[arg-type]
+        pruned.append(plan)
+        if format == "text":
+            for line in said:
+                typer.echo(line)
+    if format != "text":
+        print_rows(({**one.model_dump(mode="json"), "bytes": one.bytes} for one in pruned), format)
 
 
 @app.command("requests", rich_help_panel="Learning")
 def label_requests(
     stream: StreamArgument,
     config: ConfigOption = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
     url: UrlOption = None,
 ) -> None:
     """Labels that the learner asks for and has not got, those that would teach most first."""
     page = _page(config, stream, "requests", url, {})
-    if format == "json":
-        for row in page["requests"]:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+    if format != "text":
+        print_rows(page["requests"], format)
         return
     _table(
         ["event", "why", "score", "answer", "by", "asked", "where it lies"],
@@ -1023,7 +1046,7 @@ def label_requests(
 def asked(
     request_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="The request's id.")] = None,
     config: ConfigOption = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
     url: UrlOption = None,
 ) -> None:
     """What was asked of the learner, by the topic, HTTP or here, and what became of it."""
@@ -1035,9 +1058,11 @@ def asked(
         _end(f"the learner at {base} answered {status}: {_refusal(content)}", 1)
     found = json.loads(content)
     rows = found if request_id is None else [found]
-    if format == "json":
-        for row in rows:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+    if format == "json" and request_id is not None:
+        print_json(found)
+        return
+    if format != "text":
+        print_rows(rows, format)
         return
     columns = ("id", "action", "stream", "state", "who", "message")
     _table([*columns, "taken"], [[*(row[name] for name in columns), row["at"][:19]] for row in rows])
@@ -1052,15 +1077,14 @@ def quarantine_list(
     limit: Annotated[int, typer.Option(help="Labels shown at most.", min=1, max=1_000)] = 100,
     after: Annotated[int, typer.Option(help="Only ids above this, to read on.", min=0)] = 0,
     config: ConfigOption = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
     url: UrlOption = None,
 ) -> None:
     """Labels that wait, oldest first, with the reason; and how the labellers stand."""
     given = {"labeller": labeller, "label": name, "reason": held_for, "limit": limit, "after": after}
     page = _page(config, stream, "quarantine", url, {key: value for key, value in given.items() if value is not None})
-    if format == "json":
-        for row in page["labels"]:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+    if format != "text":
+        print_rows(page["labels"], format)
         return
     _table(
         ["id", "reason", "labeller", "class", "event", "labelled", "why"],
@@ -1148,14 +1172,13 @@ def quarantine_drop(
 def classes_list(
     stream: StreamArgument,
     config: ConfigOption = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
     url: UrlOption = None,
 ) -> None:
     """Classes with what was learned of them, and names that are nearly the same as another."""
     rows = _page(config, stream, "classes", url, {})
-    if format == "json":
-        for row in rows:
-            typer.echo(json.dumps(row, ensure_ascii=False))
+    if format != "text":
+        print_rows(rows, format)
         return
     _table(
         ["class", "labels", "recall", "scored", "first seen", "nearly the same", "was"],

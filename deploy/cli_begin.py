@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from deploy.terminal import ConfigOption, Format, end, held_back, known_stream, read_settings, table
+from deploy.terminal import (
+    ConfigOption,
+    Format,
+    ListFormat,
+    end,
+    held_back,
+    known_stream,
+    print_json,
+    print_rows,
+    read_settings,
+    table,
+)
 from stream.errors import DeadLetter, Misconfigured
 
 if TYPE_CHECKING:
@@ -90,15 +101,14 @@ def init(
 
 def doctor(
     config: ConfigOption = None,
-    format: Format = "text",  # noqa: A002
+    format: ListFormat = "text",  # noqa: A002
 ) -> None:
     """Look at settings, broker, topics, database, registry, GPU, versions and clock; exit 1 where one is wrong."""
     from deploy.doctor import examine
 
     found = list(examine(config))
-    if format == "json":
-        for finding in found:
-            typer.echo(json.dumps(finding.as_json(), ensure_ascii=False))
+    if format != "text":
+        print_rows((one.as_json() for one in found), format)
     else:
         table(["", "what", "found"], [[one.state, one.check, one.found] for one in found])
         for one in found:
@@ -144,7 +154,7 @@ def predict(
     if answer is None:
         end(f"no prediction of {event.event_id} came within {seconds:g} s: is a worker running (`trimtab worker`)?", 1)
     if format == "json":
-        typer.echo((answer.value or b"").decode())
+        print_json(json.loads(answer.value or b"null"))
         return
     found = decoder.prediction(answer)
     if found.label is None:

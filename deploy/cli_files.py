@@ -1,4 +1,4 @@
-"""The ways in and out: labels as files that other tools read and write."""
+"""The ways in and out: labels as files, versions as folders, that other tools read and write."""
 
 from __future__ import annotations
 
@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from deploy.cli_begin import ColumnOption, columns_given
-from deploy.terminal import SHOWN_BAD_LINES, ConfigOption, end, only_stream, read_settings
+from deploy.terminal import (
+    SHOWN_BAD_LINES,
+    ConfigOption,
+    StreamArgument,
+    end,
+    known_stream,
+    only_stream,
+    read_settings,
+)
 from stream.errors import Misconfigured
 
 if TYPE_CHECKING:
     from deploy.messages import BadLine, Publisher
     from deploy.settings import Settings
+    from learner.handout import Served
+    from replay.history import Training
     from replay.store import LearnerStore
 
 T = TypeVar("T")
@@ -30,9 +40,10 @@ StreamOption = Annotated[
 labels_app = typer.Typer(no_args_is_help=True, help="Labels as a file: export what was said, import what others say.")
 
 
-def add_to(app: typer.Typer) -> None:
-    """Put these commands on the command line."""
+def add_to(app: typer.Typer, versions: typer.Typer) -> None:
+    """Put these commands on the command line; `versions` is the group of that name."""
     app.add_typer(labels_app, name="labels", rich_help_panel="Messages")
+    versions.command("export")(versions_export)
 
 
 @labels_app.command("export")
@@ -112,6 +123,54 @@ def labels_import(
             "\n".join([f"{refused} rows were refused:", *(f"  line {one.number}: {one.why}" for one in shown), *more]),
             1,
         )
+
+
+def versions_export(
+    stream: StreamArgument,
+    version: Annotated[
+        str, typer.Argument(help="A version such as v12, with the head it was made with; or v12.34, as it was served.")
+    ],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="To write; it must not be there, or be empty.")],
+    config: ConfigOption = None,
+) -> None:
+    """Write a version as a folder that plain transformers (text) or torch (telemetry) loads, with a model card.
+
+    The registry is enough; where the learner's database can be read, the card also says which dates it was trained on
+    and what labels said of its answers. What is written is never taken back by `trimtab forget`.
+    """
+    settings = read_settings(config)
+    known_stream(settings, stream)
+    from deploy.wiring import open_registry
+    from learner.handout import hand_out
+
+    training, served = _told(settings, stream, version.partition(".")[0])
+    files = hand_out(open_registry(settings), stream, version, folder, training=training, served=served)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    typer.echo(f"Wrote {version} of {stream} to {folder}: {', '.join(files)}; {size / 2**20:.1f} MiB.")
+    typer.echo(f"{folder}/README.md has a snippet that answers with it. Its licence is yours to fill in there.")
+
+
+def _told(settings: Settings, stream: str, version: str) -> tuple[Training | None, Served | None]:
+    """What the learner's database tells of a version; nothing where it is not here, or does not know it."""
+    from learner.handout import Served
+    from replay.history import History
+    from stream.events import utc_now
+
+    try:
+        opened = _store(settings)
+    except Misconfigured as error:
+        typer.echo(f"Note: the card leaves out what only the database knows: {error}", err=True)
+        return None, None
+    with closing(opened) as store:
+        history = History(store)
+        number = version.removeprefix("v")
+        training = history.training(stream, int(number)) if number.isdecimal() and len(number) < 10 else None
+        classes: dict[str, tuple[int, int]] = {}
+        for revision, answered, right, many in history.verdicts(stream):
+            if answered is not None and revision.partition(".")[0] == version:
+                good, total = classes.get(answered, (0, 0))
+                classes[answered] = good + many * right, total + many
+        return training, Served(utc_now(), classes)
 
 
 def _store(settings: Settings) -> LearnerStore:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -23,7 +24,12 @@ SHOWN_BAD_LINES = 20
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="Settings file; TRIMTAB_CONFIG or trimtab.yaml when left out.")
 ]
-Format = Annotated[Literal["text", "json"], typer.Option("--format", help="For people, or one JSON object a line.")]
+Format = Annotated[Literal["text", "json"], typer.Option("--format", help="For people, or one JSON document.")]
+ListFormat = Annotated[
+    Literal["text", "json", "jsonl"],
+    typer.Option("--format", help="For people; one JSON document, a list; or one JSON object a line."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="The same as --format json.")]
 StreamArgument = Annotated[str, typer.Argument(metavar="STREAM", help="Name of the stream, as in the settings.")]
 
 
@@ -91,3 +97,31 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         made.add_row(*(Text(cell) for cell in row))
     console().print(made)
+
+
+def print_json(found: Any) -> None:
+    """Print one JSON document."""
+    typer.echo(_json(found))
+
+
+def print_rows(rows: Iterable[Mapping[str, Any]], form: Literal["json", "jsonl"]) -> None:
+    """Print rows as one JSON list or one object a line, each as soon as it is there.
+
+    A list is closed only after its last row: what an error cut short is no JSON.
+    """
+    count = 0
+    for count, row in enumerate(rows, 1):
+        before = "" if form == "jsonl" else "[" if count == 1 else ","
+        typer.echo(f"{before}{_json(row)}")
+    if form == "json":
+        typer.echo("]" if count else "[]")
+
+
+def _json(found: Any) -> str:
+    """JSON in the letters that people know; where half a character makes that impossible, escaped."""
+    text = json.dumps(found, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(found)
+    return text

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.spec import EncoderSpec, Precision, TelemetryConfig, TextConfig
-from learner.telemetry import TelemetryModule, plan, seeded
+from learner.telemetry import TelemetryModule, seeded, statistics_each
 from stream.errors import Misconfigured
 from stream.events import Event, Report
 
@@ -141,7 +141,7 @@ def build_telemetry_encoder(
         Misconfigured: these do not fit together.
     """
     try:
-        config = plan(tuple(channels), tuple(commands), window=window, dimension=dimension, learned=learned, seed=seed)
+        config = _plan(tuple(channels), tuple(commands), window=window, dimension=dimension, learned=learned, seed=seed)
     except ValueError as error:
         raise Misconfigured(str(error)) from error
     return TelemetryEncoder(seeded(config), config, device)
@@ -341,6 +341,31 @@ class TelemetryEncoder:
                 raise ValueError(f"this telemetry encoder takes windows of {len(self._config.channels)} channels")
             windows.append(np.ascontiguousarray(window, dtype=np.float32))
         return windows
+
+
+def _plan(
+    channels: tuple[str, ...], commands: tuple[str, ...], *, window: int, dimension: int, learned: int, seed: int
+) -> TelemetryConfig:
+    """Share out `dimension`: at most half to statistics and an eighth to commands, the rest to kernels.
+
+    Raises:
+        ValueError: `dimension` is too small, or `commands` do not leave a channel that measures.
+    """
+    if dimension < 2 * learned + 2:
+        raise ValueError(f"{dimension} dimensions leave too little beside {learned} learned ones")
+    switches = min(2 * len(commands), max(1, dimension // 8))
+    measured = max(1, len(channels) - len(commands))
+    statistics = min(measured * statistics_each(window), dimension // 2)
+    return TelemetryConfig(
+        channels=channels,
+        commands=commands,
+        window=window,
+        statistics=statistics,
+        switches=switches,
+        kernels=max(0, dimension - statistics - switches - learned),
+        learned=min(learned, dimension - statistics - switches),
+        seed=seed,
+    )
 
 
 def _text_backbone(config_file: Path, max_tokens: int, device: str) -> TextModule:

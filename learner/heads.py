@@ -118,6 +118,13 @@ class Lift:
         np.clip(lifted, np.float32(0.0), np.float32(self.bound), out=lifted)
         return lifted
 
+    def projection(self) -> Floats | None:
+        """What `floats` multiplies embeddings by, (d, width); None where it takes them as they are."""
+        if not self.width:
+            return None
+        matrix: Floats = _projection(self.dimension, self.width, "float32") * np.float32(1.0 / _divisor(self.dimension))
+        return matrix
+
 
 def _divisor(dimension: int) -> float:
     # 74 is the root mean square of int8: a feature is then about as large as the embedding is long.

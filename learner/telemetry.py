@@ -3,47 +3,26 @@
 The instant head can weigh many simple readings from the first label on, and a deep network is worth
 nothing before it is trained. So most of an embedding is readings that need no training and no statistic
 of the data; a small trainable network stands beside them for fine-tuning.
+
+The file needs torch and nothing else, so that a copy of it can be handed out with the weights (`learner.handout`).
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from learner.spec import TelemetryConfig
+if TYPE_CHECKING:
+    from learner.spec import TelemetryConfig
 
 TAPS, RAISED = 9, 3
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SMALLEST_BIAS, LARGEST_BIAS = 0.003, 1.0
 """Thresholds on levels are spread log-uniformly between these, because a channel's scale is unknown."""
-
-
-def plan(
-    channels: tuple[str, ...], commands: tuple[str, ...], *, window: int, dimension: int, learned: int, seed: int
-) -> TelemetryConfig:
-    """Share out `dimension`: at most half to statistics and an eighth to commands, the rest to kernels.
-
-    Raises:
-        ValueError: `dimension` is too small, or `commands` do not leave a channel that measures.
-    """
-    if dimension < 2 * learned + 2:
-        raise ValueError(f"{dimension} dimensions leave too little beside {learned} learned ones")
-    switches = min(2 * len(commands), max(1, dimension // 8))
-    measured = max(1, len(channels) - len(commands))
-    statistics = min(measured * statistics_each(window), dimension // 2)
-    return TelemetryConfig(
-        channels=channels,
-        commands=commands,
-        window=window,
-        statistics=statistics,
-        switches=switches,
-        kernels=max(0, dimension - statistics - switches - learned),
-        learned=min(learned, dimension - statistics - switches),
-        seed=seed,
-    )
 
 
 class TelemetryModule(nn.Module):

@@ -7,7 +7,8 @@ store's own connections, and a reader never keeps the writer waiting.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -205,6 +206,25 @@ class Given:
     trained: int
 
 
+@dataclass(frozen=True, slots=True)
+class Training:
+    """The examples that a run trained on, as they are known now.
+
+    Args:
+        size: how many it trained on.
+        here: how many of them are still here; what follows is of these.
+        first: when the earliest was observed; None where none is here.
+        last: when the latest was observed.
+        classes: how many there are of each class.
+    """
+
+    size: int
+    here: int
+    first: datetime | None
+    last: datetime | None
+    classes: Mapping[str, int]
+
+
 class History:
     """Reads of a store.
 
@@ -375,6 +395,26 @@ class History:
             for row, its in rows
         ]
         return Given(tuple(examples), frozenset(row.event_id for row, _ in rows if row.payload is None), size)
+
+    def training(self, stream: str, version: int) -> Training | None:
+        """The examples that a version's own run trained on; None where no run of it is known."""
+        c, v = t.examples.c, t.versions.c
+        classes: Counter[str] = Counter()
+        spans: list[int] = []
+        query = sa.select(c.event_id, c.label, c.observed_at).where(c.stream == stream)
+        with self._store.read() as connection:
+            run = connection.scalar(sa.select(v.run).where(v.stream == stream, v.number == version))
+            if run is None:
+                return None
+            size, marked = traces.training(connection, run)
+            for part in connection.execute(query.execution_options(yield_per=AT_ONCE)).partitions():
+                known = marked(stream, [row.event_id for row in part])
+                own = [row for row, its in zip(part, known, strict=True) if its]
+                classes.update(row.label for row in own)
+                times = [row.observed_at for row in own] + spans
+                spans = [min(times), max(times)] if times else []
+        first, last = (moment(at) for at in spans) if spans else (None, None)
+        return Training(size, classes.total(), first, last, dict(classes))
 
     def verdicts(self, stream: str) -> list[tuple[str, str | None, bool, int]]:
         """Of the answers whose labels have come: revision, class, whether that was right, and how many."""

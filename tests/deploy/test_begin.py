@@ -115,7 +115,7 @@ def test_doctor_says_what_is_wrong_and_how_to_mend_it(tmp_path: Path, monkeypatc
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     answer = run("doctor", "--format", "json")
     assert answer.exit_code == 1
-    found = {line["check"]: line for line in map(json.loads, answer.stdout.splitlines())}
+    found = {one["check"]: one for one in json.loads(answer.stdout)}
     assert {check for check, line in found.items() if line["state"] == "wrong"} == {"broker", "gpu"}
     assert all(found[check]["mend"] for check in ("broker", "gpu"))
     (tmp_path / "trimtab-data").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -16,15 +17,17 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import typer.main
 from typer.testing import CliRunner, Result
 
 from deploy.cli import app
+from deploy.terminal import print_rows
 from learner.control import SIGNATURE, ControlAnswer, ControlRequest, ControlSettings, Gate
 from learner.exam import examine
 from learner.registry import Lineage, Registry, VersionManifest
 from learner.spec import EncoderSpec
 from replay import schema
-from stream.errors import DeadLetter, Reason
+from stream.errors import DeadLetter, Reason, RetryLater
 from stream.events import Label, Place, Prediction, Record, Report, dead_letter_headers, encode
 from tests.kafka import KafkaBroker
 
@@ -58,7 +61,7 @@ COMMANDS = [
     ["labels"],
     *(["labels", name] for name in ("export", "import")),
     ["versions"],
-    *(["versions", name] for name in ("list", "show", "diff", "rebuild", "promote", "rollback", "prune")),
+    *(["versions", name] for name in ("list", "show", "diff", "rebuild", "export", "promote", "rollback", "prune")),
     ["dead-letters"],
     *(["dead-letters", name] for name in ("list", "show", "replay")),
 ]
@@ -122,6 +125,51 @@ def closed_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+LIST_NOTHING = {
+    *("worker", "learner", "broker", "demo", "init", "config check", "config schema", "topics create", "publish"),
+    *("labels export", "labels import", "retrain", "label", "forget", "pause", "resume"),
+    *("dead-letters show", "dead-letters replay", "quarantine show", "quarantine release", "quarantine drop"),
+    *("classes rename", "classes merge", "versions promote", "versions rollback", "versions export"),
+}
+"""The commands that do something, or show one thing as it is; every other one tells programs what it tells people."""
+
+
+def leaves(found: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Every command with its whole name."""
+    for name, child in getattr(found, "commands", {}).items():
+        yield from leaves(child, (*path, name)) if hasattr(child, "commands") else [(" ".join((*path, name)), child)]
+
+
+def test_every_command_that_lists_has_a_form_for_programs() -> None:
+    """A new command must have it, or be written down as one that lists nothing; and its fields must be documented."""
+    forms = {
+        name: any("--format" in option.opts for option in command.params)
+        for name, command in leaves(typer.main.get_command(app))
+    }
+    assert {name for name, form in forms.items() if not form} == LIST_NOTHING
+    page = (Path(__file__).parents[2] / "docs" / "operations.md").read_text(encoding="utf-8")
+    section = page.partition("\n## For programs\n")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"^\| `trimtab ([a-z -]+?)(?: [A-Z].*)?` \|", section, re.MULTILINE))
+    assert documented == set(forms) - LIST_NOTHING
+
+
+def test_a_list_that_is_cut_short_is_no_document(capsys: pytest.CaptureFixture[str]) -> None:
+    """A program that got half of the rows and could parse them would take them for all."""
+
+    def rows() -> Iterator[dict[str, str]]:
+        yield {"class": "東京"}
+        raise RetryLater("the broker went away")
+
+    with pytest.raises(RetryLater):
+        print_rows(rows(), "json")
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(capsys.readouterr().out)
+    print_rows([{"class": "東京"}, {"class": "half \ud83d"}], "json")
+    out = capsys.readouterr().out
+    assert "東京" in out
+    assert json.loads(out) == [{"class": "東京"}, {"class": "half \ud83d"}]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -299,8 +347,10 @@ def test_predictions_are_printed_for_people_and_for_machines(prefix: str, kafka:
     assert "greet 0.75" in text.stdout
     assert "(nothing learned yet)" in text.stdout
     assert "malformed_json" in text.stderr
-    lines = run("predictions", "--stream", "storm", "--format", "json").stdout.splitlines()
+    lines = run("predictions", "--stream", "storm", "--format", "jsonl").stdout.splitlines()
     assert [Prediction.model_validate_json(line) for line in lines] == [made[2]]
+    rows = json.loads(run("predictions", "--format", "json").stdout)
+    assert {row["event_id"] for row in rows} == {one.event_id for one in made}
 
 
 def test_predictions_follow_what_comes_later(prefix: str, kafka: KafkaBroker) -> None:
@@ -308,7 +358,7 @@ def test_predictions_follow_what_comes_later(prefix: str, kafka: KafkaBroker) ->
     kafka.produce(f"{prefix}predictions", [("e0", encode(prediction(0)))])
     later = threading.Timer(0.7, lambda: kafka.produce(f"{prefix}predictions", [("e1", encode(prediction(1)))]))
     later.start()
-    result = run("predictions", "--follow", "--limit", "2", "--format", "json")
+    result = run("predictions", "--follow", "--limit", "2", "--format", "jsonl")
     later.join()
     assert {json.loads(line)["event_id"] for line in result.stdout.splitlines()} == {"e0", "e1"}
 
@@ -334,10 +384,12 @@ def test_dead_letters_are_listed_shown_and_sent_again(prefix: str, kafka: KafkaB
             letters.append((record.key, record.value, headers))
     places = [f"{record.partition}:{record.offset}" for record in kafka.produce(dead, letters)]
 
-    listed = [json.loads(line) for line in run("dead-letters", "list", "--format", "json").stdout.splitlines()]
+    listed = json.loads(run("dead-letters", "list", "--format", "json").stdout)
     assert {one["place"] for one in listed} == set(places)
     assert {one["reason"] for one in listed} == {"text_too_long", "malformed_json"}
     assert "expected a string" in run("dead-letters", "list").stdout
+    assert run("dead-letters", "list", "--reason", "ragged", "--format", "json").stdout == "[]\n"
+    assert run("dead-letters", "list", "--reason", "ragged", "--format", "jsonl").stdout == ""
     assert "There are no dead letters for ragged" in run("dead-letters", "list", "--reason", "ragged").stdout
 
     shown = run("dead-letters", "show", places[0]).stdout
@@ -499,13 +551,13 @@ def registry(quiet: Path) -> Registry:
 
 def test_versions_are_listed_and_shown(registry: Registry) -> None:
     """Somebody who rolls back at night must see what there is."""
-    rows = [json.loads(line) for line in run("versions", "list", "--format", "json").stdout.splitlines()]
+    rows = json.loads(run("versions", "list", "--format", "json").stdout)
     assert [row["version"] for row in rows] == ["v5", "v4", "v3", "v2", "v1"]
     assert [row["version"] for row in rows if row["in_service"]] == ["v5"]
     assert "in service" in run("versions", "list", "intents").stdout
     assert "strategy replay, seed 2" in run("versions", "show", "intents", "v3").stdout
     registry.set_champion("intents", "v4", "v5 is worse than v4 on labels of class 'a'")
-    rows = [json.loads(line) for line in run("versions", "list", "--format", "json").stdout.splitlines()]
+    rows = json.loads(run("versions", "list", "--format", "json").stdout)
     why = "v5 is worse than v4 on labels of class 'a'"
     assert {row["version"]: row["rolled_back"] for row in rows if row["rolled_back"]} == {"v5": why}
     assert f"rolled back by itself: {why}" in run("versions", "show", "intents", "v5").stdout
@@ -536,7 +588,7 @@ def test_a_version_that_cannot_be_made_again_says_so(registry: Registry) -> None
         connection.execute(sa.insert(schema.versions), [{**row, "detail": {"forgotten": 2}}])
     engine.dispose()
     said = "not rebuildable: 2 examples forgotten"
-    rows = [json.loads(line) for line in run("versions", "list", "--format", "json").stdout.splitlines()]
+    rows = json.loads(run("versions", "list", "--format", "json").stdout)
     assert {row["version"]: row["rebuildable"] for row in rows if row["rebuildable"]} == {"v4": said}
     assert said in run("versions", "list", "intents").stdout
     assert said in run("versions", "show", "intents", "v4").stdout
@@ -548,10 +600,16 @@ def test_pruning_asks_keeps_what_is_named_and_can_be_tried(registry: Registry, m
     monkeypatch.setenv("TRIMTAB_REGISTRY__KEEP_CHAMPIONS", "1")
     dry = run("versions", "prune", "intents", "--dry-run").stdout
     assert "would remove 2 versions" in dry
+    (planned,) = json.loads(run("versions", "prune", "intents", "--dry-run", "--format", "json").stdout)
+    assert (planned["versions"], planned["dry_run"]) == (["v2", "v3"], True)
     assert "v2, v3" in dry
     assert "keeps v1" in dry
     assert registry.pruned("intents", "v2") is None
-    assert run("versions", "prune", "intents", "--yes").exit_code == 0
+    asked = run("versions", "prune", "intents", "--format", "json", input=b"n\n")
+    assert (asked.exit_code, "remove 2 versions" in asked.stderr) == (1, True)
+    assert "remove" not in asked.stdout
+    done = run("versions", "prune", "intents", "--yes", "--format", "json")
+    assert json.loads(done.stdout)[0]["versions"] == ["v2", "v3"]
     gone = [name for name in ("v1", "v2", "v3", "v4", "v5") if registry.pruned("intents", name) is not None]
     assert gone == ["v2", "v3"]
 
@@ -592,7 +650,7 @@ def test_open_requests_say_where_the_event_lies_and_what_is_left(quiet: Path) ->
     """A labeller needs the event; a script needs one object a line."""
     with learner() as (url, _):
         listed = run("requests", "intents", "--learner", url)
-        lines = run("requests", "intents", "--format", "json", "--learner", url)
+        lines = run("requests", "intents", "--format", "jsonl", "--learner", url)
     for word in ("e7", "novel", "0.910", "reports[2]@48121", "38 of 50", "answered: 11"):
         assert word in listed.stdout
     assert [json.loads(line)["event_id"] for line in lines.stdout.splitlines()] == ["e7"]

@@ -1,14 +1,18 @@
-"""Labels as files: what was said comes out, and goes in again as it was."""
+"""The ways in and out: what was said or learned comes out whole, and goes in again as it was."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy.cli_files import LABEL_COLUMNS
 from deploy.tables import columns_of, match_columns, read_labels, read_rows
+from learner.encoders import build_telemetry_encoder
+from learner.heads import HeadSums, solve
+from learner.registry import Registry, VersionManifest
 from replay.store import LearnerStore
 from stream.events import Label
 from tests.deploy.test_cli import run
@@ -100,3 +104,63 @@ def test_a_label_without_a_time_was_given_when_its_file_was_changed(said: list[L
     assert first is not None
     assert first.labelled_at == NOW
     assert first == again
+
+
+@pytest.fixture
+def pump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """Settings here, and a registry with one version of a telemetry stream."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trimtab.yaml").write_text(
+        f"learner: {{store: 'sqlite:///{tmp_path}/learner.db'}}\nregistry: {{url: '{tmp_path}/registry'}}\n"
+        "streams: {pump: {kind: telemetry, encoder: {channels: [flow]}}}\n"
+    )
+    registry, encoder = Registry(str(tmp_path / "registry")), build_telemetry_encoder(["flow"], 1, window=8)
+    registry.put_encoder(encoder.spec, encoder.files())
+    sums = HeadSums(encoder.spec.dimension, encoder.spec.bound)
+    sums.add(np.ones((2, encoder.spec.dimension), np.int16), ["low", "high"])
+    head = solve(sums)
+    assert head is not None
+    digest = registry.put_head(head.tensors())
+    manifest = VersionManifest(stream="pump", created_at=NOW, encoder=encoder.spec, head=digest, classes=head.classes)
+    registry.set_champion("pump", registry.commit(manifest))
+    return registry
+
+
+def test_a_version_is_written_as_a_folder(pump: Registry, tmp_path: Path) -> None:
+    """The registry is enough where the database is elsewhere, and then the card must not pretend to know more."""
+    answer = run("versions", "export", "pump", "v1", "parent/out")
+    assert answer.exit_code == 0, answer.output
+    assert "Wrote v1 of pump to parent/out: README.md" in answer.stdout
+    assert "the card leaves out what only the database knows" in answer.stderr
+    assert "## In service" not in Path("parent/out/README.md").read_text()
+    assert not Path("learner.db").exists()
+    store = LearnerStore(f"sqlite:///{tmp_path}/learner.db")
+    batch = [prediction(f"e{n}", "low", ref=n, at=n, stream="pump", version="v1.3") for n in range(3)]
+    batch += [label(f"e{n}", name, at=n, stream="pump") for n, name in enumerate(("low", "low", "high"))]
+    Learner(store).step(batch)
+    store.close()
+    assert run("versions", "export", "pump", "v1", "again").exit_code == 0
+    assert "3 had a label by" in Path("again/README.md").read_text()
+    assert "| low | 3 | 0.667 |" in Path("again/README.md").read_text()
+
+
+def test_what_cannot_be_handed_out_is_one_sentence(pump: Registry) -> None:
+    """Whoever mistypes a name, or meets a damaged file, must read what to do and find no half of a folder."""
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine")
+    head = pump.open(pump.version("pump", "v1").head or "")
+    for arguments, code, said in (
+        (("pumps", "v1", "out"), 2, "did you mean pump?"),
+        (("pump", "v9", "out"), 1, "known are v1 to v1; list them: `trimtab versions list`"),
+        (("pump", "v1", "full"), 2, "nothing is overwritten"),
+        (("pump", "v1", "full/notes.txt"), 2, "nothing is overwritten"),
+    ):
+        answer = run("versions", "export", *arguments)
+        assert (answer.exit_code, said in answer.stderr) == (code, True), answer.stderr
+    head.write_bytes(head.read_bytes()[:-8])
+    torn = run("versions", "export", "pump", "v1", "out")
+    assert torn.exit_code == 1
+    assert "is altered" in torn.stderr
+    assert f"delete {head} and restore it from a backup" in torn.stderr
+    assert {path.name for path in Path().iterdir()} == {"full", "registry", "trimtab.yaml"}
+    assert [path.name for path in Path("full").iterdir()] == ["notes.txt"]

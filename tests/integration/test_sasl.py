@@ -82,7 +82,7 @@ def test_the_loop_runs_behind_tls_and_a_password(deployment: Deployment) -> None
 
     done = trimtab(deployment, "predictions", "--format", "json", "--stream", "probe")
     assert done.returncode == 0, done.stderr
-    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    printed = json.loads(done.stdout)
     assert {one["event_id"] for one in printed} == {event.event_id for event in [*events, *asked]}
     (newest,) = [one for one in printed if one["event_id"] == asked[-1].event_id]
     assert newest["label"] in FREQUENCIES

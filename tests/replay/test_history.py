@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from replay.history import History
+from replay.history import History, Training
 from replay.store import LearnerStore
 from tests.replay.steps import ENCODER, NOW, STREAM, Learner, embed, label, prediction
 
@@ -83,6 +83,23 @@ def test_the_past_of_an_event_names_who_learned_it(learner: Learner) -> None:
     assert History(store).past(STREAM, "e5").learned is None
     assert History(store).past(STREAM, "never").answered is None
     assert History(store).streams_of("e3", ["elsewhere", STREAM]) == [STREAM]
+
+
+def test_a_version_s_training_is_told_from_what_is_still_here(learner: Learner) -> None:
+    """A model card says from when to when its data is; an example that was corrected is no longer of it."""
+    store = learner.store
+    with store.transaction(learner.epoch, NOW) as tx:
+        run = tx.add_run(STREAM, "hand", state="running")
+        tx.mark_trained(STREAM, run, ["e3", "e0"])
+        for number, by in ((1, None), (2, run)):
+            tx.add_version(STREAM, encoder=ENCODER, head="", state="promoted", number=number, parent=None, run=by)
+    history = History(store)
+    second = NOW + timedelta(seconds=3)
+    assert history.training(STREAM, 2) == Training(2, 2, NOW, second, {"calm": 2})
+    learner.step([label("e0", "storm", at=30, minute=40)])
+    assert history.training(STREAM, 2) == Training(2, 1, second, second, {"calm": 1})
+    assert history.training(STREAM, 1) is None
+    assert history.training("elsewhere", 2) is None
 
 
 def test_what_was_forgotten_is_said_to_be_so_and_nothing_else(learner: Learner) -> None:
