@@ -759,6 +759,7 @@ def versions_show(
     registry = _registry(settings)
     manifest = registry.version(_known_stream(settings, stream), version)
     from learner.account import checks
+    from learner.finetune import Retrain
 
     rebuildable = _rebuildable(_forgotten(settings, stream), manifest)
     fate = _fate(settings, registry, stream, manifest)
@@ -777,6 +778,8 @@ def versions_show(
     if why:
         typer.echo(f"  rolled back by itself: {why}")
     typer.echo(f"  strategy {lineage.strategy}, seed {lineage.seed}, snapshot {lineage.snapshot or 'none'}")
+    if lineage.settings.get("retrain"):
+        typer.echo(f"  named by hand: {Retrain.model_validate(lineage.settings['retrain'])}")
     typer.echo(
         f"  encoder {manifest.encoder_digest[:19]}, {manifest.encoder.kind}, {manifest.encoder.dimension} components"
     )
