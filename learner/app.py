@@ -23,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -270,7 +271,7 @@ class LearnerApp:
         self._joining_ended = asyncio.Event()
         self._parts: Parts | None = None
         self._connecting: Future[Parts] | None = None
-        self._announced_at = 0.0
+        self._left_to_send = asyncio.Event()
         self._drifts: dict[tuple[str, str], int] = {}
         shell.turn = self._stand_by
         shell.draining.append(self._drain)
@@ -401,7 +402,9 @@ class LearnerApp:
                     if batch is not None and self.parts.reader.current(batch):
                         await loop.run_in_executor(self._learning, self._learn_from, self.parts.joiner.step, batch)
                     await loop.run_in_executor(self._learning, self._learn_from, self.parts.joiner.take_in)
-                    await self._announce()
+                    behind = batch is not None and batch.full
+                    if await loop.run_in_executor(self._learning, self._announce, behind):
+                        self._left_to_send.set()
                     self.shell.health.ready("source")
                 except RetryLater as error:
                     logger.warning("joining: %s; trying again", error)
@@ -418,18 +421,15 @@ class LearnerApp:
         if batch or learned:
             self.parts.curator.learned(learned)
 
-    async def _announce(self) -> None:
-        if time.monotonic() - self._announced_at < self._revision_seconds:
-            return
-        self._announced_at = time.monotonic()
-        await asyncio.get_running_loop().run_in_executor(self._learning, self._announce_all)
-
-    def _announce_all(self) -> None:
+    def _announce(self, behind: bool) -> bool:
+        """Announce what was learned; returns whether there was anything to announce."""
         now = self._clock()
+        announced = False
         for learner in self.parts.learners.values():
             close_duel(learner, self._audit, self.metrics, now)
-            learner.announce(now)
+            announced |= learner.announce(now, pause=self._revision_seconds, behind=behind)
             learner.save(now)
+        return announced
 
     async def _send_outbox(self) -> None:
         await self._opened.wait()
@@ -443,7 +443,9 @@ class LearnerApp:
                 self.shell.health.waiting("outbox", str(error))
                 sent = 0
             if not sent:
-                await asyncio.sleep(0.05)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._left_to_send.wait(), 0.05)
+                self._left_to_send.clear()
 
     # Watching
 

@@ -512,6 +512,7 @@ def solve(
     prior: Prior = DEFAULT_PRIOR,
     shrinkage: float = DEFAULT_SHRINKAGE,
     calibration: Calibration | None = None,
+    calibrate_on: tuple[Quantised, Sequence[str]] | None = None,
     temperature: float | None = None,
     pooled: bool = True,
 ) -> LinearHead | None:
@@ -524,6 +525,7 @@ def solve(
         prior: how much a class's share counts: not at all, by its square root, or as it is.
         shrinkage: strength of the prior covariance, in units of d examples.
         calibration: as measured by `calibrate`; None takes the closed form of the temperature.
+        calibrate_on: learned examples (n, d) and their labels, for what `calibrate` measures without factoring twice.
         temperature: as measured by `fit_temperature`, where the calibration does not say.
         pooled: whether class means are shrunk together; without it this is the textbook's discriminant.
     """
@@ -534,6 +536,8 @@ def solve(
     # float32 from cancelling large numbers.
     weight = moments.mix @ moments.whitened
     bias = -moments.separation - weight @ moments.overall
+    if calibrate_on is not None:
+        calibration = _calibration(moments, sums, *calibrate_on, prior)
     if calibration is None:
         closed = _closed_temperature(moments.separation, moments.counts)
         calibration = Calibration(closed if temperature is None else temperature, 0.0)
@@ -609,7 +613,10 @@ def calibrate(
     """
     if not sums.total:
         return Calibration(1.0, 0.0)
-    moments = _Moments(sums, shrinkage, pooled=True)
+    return _calibration(_Moments(sums, shrinkage, pooled=True), sums, q, labels, prior)
+
+
+def _calibration(moments: _Moments, sums: HeadSums, q: Quantised, labels: Sequence[str], prior: Prior) -> Calibration:
     expected = _closed_temperature(moments.separation, moments.counts)
     if not labels:
         return Calibration(expected, 0.0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import weakref
 from collections import OrderedDict
@@ -203,7 +204,7 @@ class OnlineLearner:
         self._recent: OrderedDict[str, tuple[npt.NDArray[np.int16], str]] = OrderedDict()
         self._calibration: Calibration | None = None
         self._calibrated_by = 0
-        self._rest_until = 0.0
+        self._solved_at, self._solve_took = -math.inf, 0.0
 
     # Opening
 
@@ -424,21 +425,32 @@ class OnlineLearner:
     # Announcing
 
     def announce(
-        self, now: datetime, *, kind: Literal["champion", "revision"] = "revision", guard: bool = True
+        self,
+        now: datetime,
+        *,
+        kind: Literal["champion", "revision"] = "revision",
+        guard: bool = True,
+        pause: float = 0.0,
+        behind: bool = False,
     ) -> bool:
         """Solve the head and announce it, unless nothing changed, learning is paused, or the guard holds it.
 
-        Returns whether a new revision was announced.
+        Args:
+            pause: shortest time between two solutions for a revision, in seconds.
+            behind: there is more to learn already, so heads that take long to solve leave it most of the thread.
+
+        Returns:
+            Whether a new revision was announced.
         """
         if self.paused or not (self._changed or kind == "champion"):
             return False
-        if kind == "revision" and time.monotonic() < self._rest_until:
+        if behind and self._solve_took > SLOW_SOLVE:
+            pause = max(pause, self._solve_took / SOLVE_SHARE)
+        if kind == "revision" and time.monotonic() < self._solved_at + pause:
             return False
-        began = time.monotonic()
-        sums = self._emphasised() if self.race.leader == "newest" else self.sums
-        head = solve(sums, prior=self.plan.prior, calibration=self._calibrated())
-        took = time.monotonic() - began
-        self._rest_until = began + (took / SOLVE_SHARE if took > SLOW_SOLVE else 0.0)
+        self._solved_at = time.monotonic()
+        head = self._solve()
+        self._solve_took = time.monotonic() - self._solved_at
         if guard and (reasons := self._guard(head)):
             if reasons != self._held:
                 logger.warning("stream %s: a revision is held: %s", self.plan.name, "; ".join(reasons))
@@ -463,14 +475,22 @@ class OnlineLearner:
         self._metrics.revisions.labels(self.plan.name, "announced").inc()
         return True
 
-    def _calibrated(self) -> Calibration | None:
-        """The calibration of the sums, fitted again when their examples became a tenth more or fewer."""
-        total, before = self.sums.total, self._calibrated_by
-        if not 0.9 * before - 20 < total < 1.1 * before + 20 and self._recent:
-            q = np.stack([embedding for embedding, _ in self._recent.values()])
-            labels = [label for _, label in self._recent.values()]
-            self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=self.plan.prior), total
-        return self._calibration
+    def _solve(self) -> LinearHead | None:
+        """The head of the sums, calibrated again when their examples became a tenth more or fewer."""
+        prior = self.plan.prior
+        due = self._recent and not 0.9 * self._calibrated_by - 20 < self.sums.total < 1.1 * self._calibrated_by + 20
+        newest = self.race.leader == "newest"
+        if not due:
+            return solve(self._emphasised() if newest else self.sums, prior=prior, calibration=self._calibration)
+        q = np.stack([embedding for embedding, _ in self._recent.values()])
+        labels = [label for _, label in self._recent.values()]
+        if newest:
+            self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=prior), self.sums.total
+            return solve(self._emphasised(), prior=prior, calibration=self._calibration)
+        head = solve(self.sums, prior=prior, calibrate_on=(q, labels))
+        if head is not None:
+            self._calibration, self._calibrated_by = Calibration(head.temperature, head.usual), self.sums.total
+        return head
 
     @property
     def held(self) -> list[str]:

@@ -90,6 +90,7 @@ class Batch:
         ends: per partition, the offset to commit once every record is answered.
         generation: the assignment the batch was read under; batches of an older one are dropped.
         member: who the reader was in the group under that assignment, for the broker to check; None without a group.
+        full: as many records as a batch may have, so more of them are likely to wait.
     """
 
     records: Sequence[Record]
@@ -98,6 +99,7 @@ class Batch:
     generation: int
     read_at: float = field(default_factory=time.time)
     member: Any = None
+    full: bool = False
 
 
 class Reader(Protocol):
@@ -239,7 +241,8 @@ class KafkaReader:
         if not records:
             return None
         self._next.update(ends)
-        return Batch(records, follows, ends, self._generation, member=self._member)
+        full = len(messages) >= self.settings.batch_events
+        return Batch(records, follows, ends, self._generation, member=self._member, full=full)
 
     def _on_error(self, error: KafkaError) -> None:
         _log_client_error(error)
@@ -652,7 +655,9 @@ class TopicTail:
         """Records that came within `timeout` seconds."""
         records = []
         unreadable: set[int] = set()
-        for message in self._consumer.consume(1000, timeout):
+        # Asked for many at once, the client waits for that many until the time is over.
+        first = self._consumer.consume(1, timeout)
+        for message in [*first, *(self._consumer.consume(999, 0) if first else ())]:
             error = message.error()
             if error is None:
                 records.append(record_of(message))

@@ -348,8 +348,6 @@ class Live:
 
     def _revise(self) -> None:
         self._unrevised = 0
-        # A learner rests after a slow solve, by the wall; here that would leave out what a busy machine solves slowly.
-        self._learner._rest_until = 0.0
         pending, self._pending = self._pending, []
         learned = self._step(pending)
         self.learning.curator.learned(learned)

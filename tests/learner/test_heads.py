@@ -553,6 +553,23 @@ def test_means_of_few_examples_borrow_from_the_others() -> None:
     assert recall[True][1] > recall[False][1] - 0.03
 
 
+def test_calibrating_with_the_solution_is_calibrating_before_it() -> None:
+    """Both share a factorisation; what is announced must not depend on that."""
+    chance = np.random.default_rng(5)
+    labels = [str(number % 3) for number in range(90)]
+    q = quantise(np.array([[int(label)] * 8 for label in labels]) + chance.normal(0, 0.6, (90, 8)), 4.0)
+    sums = HeadSums(8, 4.0, 16)
+    sums.add(q, labels)
+    shared = solve(sums, prior="uniform", calibrate_on=(q, labels))
+    alone = solve(sums, prior="uniform", calibration=calibrate(sums, q, labels, prior="uniform"))
+    assert shared is not None
+    assert alone is not None
+    assert shared.temperature != getattr(solve(sums, prior="uniform"), "temperature", None)
+    assert {name: array.tobytes() for name, array in shared.tensors().items()} == {
+        name: array.tobytes() for name, array in alone.tensors().items()
+    }
+
+
 @pytest.mark.parametrize("width", [0, 64])
 def test_calibrated_novelty_means_a_share_of_known_events(width: int) -> None:
     """Above 0.5 must lie about one known event in twenty, and most of what belongs to no class."""

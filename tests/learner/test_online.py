@@ -78,6 +78,19 @@ def test_what_is_announced_is_calibrated(learned: tuple[OnlineLearner, Ledger]) 
     assert served.temperature != closed.temperature
 
 
+def test_a_slow_head_waits_only_while_more_labels_wait(learned: tuple[OnlineLearner, Ledger]) -> None:
+    """Else a lone label is answered seconds later than it could be, or a flood of them is learned at half the rate."""
+    learner, ledger = learned
+    assert learner.announce(utc_now())
+    learner._solve_took = 600.0
+    event, label, _, embedding = ledger.rows[0]
+    ledger.rows.append((f"again {event}", label, 1, embedding))
+    learner.follow()
+    assert not learner.announce(utc_now(), pause=3_600), "revisions come no faster than they are asked for"
+    assert not learner.announce(utc_now(), behind=True)
+    assert learner.announce(utc_now(), guard=False)
+
+
 def test_a_withdrawn_label_calibrates_nothing(learned: tuple[OnlineLearner, Ledger]) -> None:
     """Leaving out what was never in the sums would be an error, or a class that is not there."""
     learner, ledger = learned
