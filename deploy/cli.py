@@ -533,11 +533,34 @@ def retrain(
     stream: StreamArgument,
     config: ConfigOption = None,
     reason: ReasonOption = "",
+    strategy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Train by this one, such as ewc_replay, for once.")
+    ] = None,
+    observed_from: Annotated[
+        datetime | None, typer.Option(formats=TIMES, help="Train only on events observed from then on, in UTC.")
+    ] = None,
+    observed_to: Annotated[
+        datetime | None, typer.Option(formats=TIMES, help="Train only on events observed before then, in UTC.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing; say what would be done, or why it would be refused.")
+    ] = False,
     by_topic: ByTopicOption = False,
     url: UrlOption = None,
 ) -> None:
     """Ask for a fine-tune of a stream now. One that is going on is finished first."""
-    _ask(config, "retrain", stream, None, reason, by_topic, url)
+    _ask(
+        config,
+        "retrain",
+        stream,
+        reason,
+        by_topic,
+        url,
+        strategy=strategy,
+        observed_from=_in_utc(observed_from),
+        observed_to=_in_utc(observed_to),
+        dry_run=dry_run,
+    )
 
 
 @app.command(rich_help_panel="Learning")
@@ -555,7 +578,7 @@ def forget(
     streams = sorted(_settings(config).streams)
     if stream is None and len(streams) != 1:
         raise Misconfigured(f"an event id is unique within its stream only: give --stream, one of {', '.join(streams)}")
-    _ask(config, "forget", stream or streams[0], None, reason, by_topic, url, event_ids=event_ids)
+    _ask(config, "forget", stream or streams[0], reason, by_topic, url, event_ids=event_ids)
 
 
 @app.command(rich_help_panel="Learning")
@@ -569,7 +592,7 @@ def label(
     url: UrlOption = None,
 ) -> None:
     """Say what an event is, as the user who types it. To correct it, say it again."""
-    _ask(config, "label", stream, None, reason, by_topic, url, event_ids=[event_id], label=name)
+    _ask(config, "label", stream, reason, by_topic, url, event_ids=[event_id], label=name)
 
 
 @app.command(rich_help_panel="Learning")
@@ -581,7 +604,7 @@ def pause(
     url: UrlOption = None,
 ) -> None:
     """Keep serving the present revision; labels are stored, and learned after `trimtab resume`."""
-    _ask(config, "pause", stream, None, reason, by_topic, url)
+    _ask(config, "pause", stream, reason, by_topic, url)
 
 
 @app.command(rich_help_panel="Learning")
@@ -593,7 +616,7 @@ def resume(
     url: UrlOption = None,
 ) -> None:
     """Go on learning after a pause, or after a rollback to a revision."""
-    _ask(config, "resume", stream, None, reason, by_topic, url)
+    _ask(config, "resume", stream, reason, by_topic, url)
 
 
 @app.command(rich_help_panel="Learning")
@@ -653,7 +676,7 @@ def rollback(
         if found.over:
             typer.echo(f"{found.serving} is in service already.", err=True)
         else:
-            _ask(config, "rollback", stream, found.way.target, reason, by_topic, url, err=as_json)
+            _ask(config, "rollback", stream, reason, by_topic, url, err=as_json, version=found.way.target)
             _until_served(lambda: in_service(settings, stream), lambda name: name not in found.way.suspects)
         done = None
         if reissue:
@@ -752,6 +775,7 @@ def versions_show(
     registry = _registry(settings)
     manifest = registry.version(_known_stream(settings, stream), version)
     from learner.account import checks
+    from learner.finetune import Retrain
 
     rebuildable = _rebuildable(_forgotten(settings, stream), manifest)
     fate = _fate(settings, registry, stream, manifest)
@@ -770,6 +794,8 @@ def versions_show(
     if why:
         typer.echo(f"  rolled back by itself: {why}")
     typer.echo(f"  strategy {lineage.strategy}, seed {lineage.seed}, snapshot {lineage.snapshot or 'none'}")
+    if lineage.settings.get("retrain"):
+        typer.echo(f"  named by hand: {Retrain.model_validate(lineage.settings['retrain'])}")
     typer.echo(
         f"  encoder {manifest.encoder_digest[:19]}, {manifest.encoder.kind}, {manifest.encoder.dimension} components"
     )
@@ -953,7 +979,7 @@ def versions_promote(
     url: UrlOption = None,
 ) -> None:
     """Put a version into service."""
-    _ask(config, "promote", stream, version, reason, by_topic, url, force=force)
+    _ask(config, "promote", stream, reason, by_topic, url, version=version, force=force)
 
 
 @versions_app.command("rollback")
@@ -968,7 +994,7 @@ def versions_rollback(
     url: UrlOption = None,
 ) -> None:
     """Put an earlier version or revision back. A revision comes back exactly as it was, and pauses learning."""
-    _ask(config, "rollback", stream, version, reason, by_topic, url)
+    _ask(config, "rollback", stream, reason, by_topic, url, version=version)
 
 
 @versions_app.command("prune")
@@ -1148,7 +1174,7 @@ def quarantine_release(
 ) -> None:
     """Learn labels after all. With --labeller alone, the labeller is believed again as well."""
     held = _held(ids, labeller, name, held_for, everything)
-    _ask(config, "release", stream, None, reason, by_topic, url, held=held)
+    _ask(config, "release", stream, reason, by_topic, url, held=held)
 
 
 @quarantine_app.command("drop")
@@ -1165,7 +1191,7 @@ def quarantine_drop(
     url: UrlOption = None,
 ) -> None:
     """Delete labels that wait. They are learned only if they are sent again."""
-    _ask(config, "drop", stream, None, reason, by_topic, url, held=_held(ids, labeller, name, held_for, everything))
+    _ask(config, "drop", stream, reason, by_topic, url, held=_held(ids, labeller, name, held_for, everything))
 
 
 @classes_app.command("list")
@@ -1208,7 +1234,7 @@ def classes_rename(
     url: UrlOption = None,
 ) -> None:
     """Name a class otherwise, in all that was learned; later labels of the old name are taken for the new one."""
-    _ask(config, "rename", stream, None, reason, by_topic, url, names=(old, new))
+    _ask(config, "rename", stream, reason, by_topic, url, old=old, new=new)
 
 
 @classes_app.command("merge")
@@ -1225,7 +1251,7 @@ def classes_merge(
     """Make one class of two. It cannot be undone: which example was of which is not kept."""
     if not yes:
         typer.confirm(f"{stream}: merge {old!r} into {new!r} for good?", abort=True)
-    _ask(config, "merge", stream, None, reason, by_topic, url, names=(old, new))
+    _ask(config, "merge", stream, reason, by_topic, url, old=old, new=new)
 
 
 def _in_utc(at: datetime | None) -> datetime | None:
@@ -1569,43 +1595,30 @@ def _ask(
     config: Path | None,
     action: Action,
     stream: str,
-    version: str | None,
     reason: str,
     by_topic: bool,
     url: str | None,
-    force: bool = False,
-    event_ids: Sequence[str] = (),
-    held: HeldLabels | None = None,
-    names: tuple[str, str] | None = None,
-    label: str | None = None,
+    *,
     err: bool = False,
+    **fields: Any,
 ) -> None:
-    """Ask the learner for something, and end with what became of it."""
+    """Ask the learner for something, and end with what became of it.
+
+    Args:
+        fields: of the request, by its own names.
+    """
     settings = _settings(config)
     _known_stream(settings, stream)
     from getpass import getuser
 
     from pydantic import ValidationError
 
-    from learner.control import ControlRequest
+    from learner.control import ControlRequest, first_wrong
 
     try:
-        request = ControlRequest(
-            action=action,
-            stream=stream,
-            version=version,
-            reason=reason,
-            who=getuser(),
-            force=force,
-            event_ids=tuple(event_ids),
-            held=held,
-            old=names and names[0],
-            new=names and names[1],
-            label=label,
-        )
+        request = ControlRequest(action=action, stream=stream, reason=reason, who=getuser(), **fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        _end(f"{'.'.join(map(str, first['loc']))}: {first['msg']}", 2)
+        _end(first_wrong(error), 2)
     if by_topic:
         _ask_by_topic(settings, request)
         typer.echo(
@@ -1615,6 +1628,8 @@ def _ask(
         )
         return
     answer = _ask_by_http(settings, request, url)
+    if answer.plan is not None and answer.plan.examples:
+        _table(["class", "examples"], [[name, str(count)] for name, count in answer.plan.examples.items()])
     if not answer.accepted:
         _end(answer.message, 1)
     typer.echo(answer.message, err=err)

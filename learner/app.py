@@ -32,10 +32,12 @@ from typing import Any
 import mode
 from confluent_kafka import KafkaError, Message, Producer
 from faust.web import View
+from pydantic import ValidationError
 
 from learner.asking import Asker
-from learner.control import AskedRequest, ControlAnswer, ControlRequest, Gate, Refused
+from learner.control import AskedRequest, ControlAnswer, ControlRequest, Gate, Malformed, Refused, first_wrong
 from learner.curation import Curator
+from learner.finetune import AS_SET, Plan
 from learner.joining import Joiner
 from learner.online import OnlineLearner
 from learner.registry import BrokenVersion, Registry
@@ -140,7 +142,9 @@ class Outbox:
         return refused
 
 
-def _answer(request: ControlRequest, accepted: bool, message: str, erasure: Erasure | None = None) -> ControlAnswer:
+def _answer(
+    request: ControlRequest, accepted: bool, message: str, erasure: Erasure | None = None, plan: Plan | None = None
+) -> ControlAnswer:
     return ControlAnswer(
         id=request.id,
         action=request.action,
@@ -149,6 +153,8 @@ def _answer(request: ControlRequest, accepted: bool, message: str, erasure: Eras
         message=message,
         cleaned=erasure.cleaned if erasure else (),
         not_reached=erasure.not_reached if erasure else (),
+        retrain=None if request.named == AS_SET else request.named,
+        plan=plan,
         who=request.who,
         reason=request.reason,
     )
@@ -572,20 +578,52 @@ class LearnerApp:
     async def _take(self, value: bytes, headers: Mapping[str, bytes]) -> None:
         """One message of the control topic."""
         await self._opened.wait()
+        answer: Callable[[], Awaitable[object]]
         try:
             request = self._gate.admit(value, headers)
+            answer = partial(self.act, request)
         except Refused as refusal:
             logger.warning("a control message is refused: %s", refusal)
             self.metrics.control.labels("unknown", "refused").inc()
-            return
+            if not isinstance(refusal, Malformed):
+                return
+            loop = asyncio.get_running_loop()
+            answer = partial(loop.run_in_executor, self._learning, self._tell_malformed, refusal)
         while not self._ending.is_set():
             try:
-                await self.act(request)
+                await answer()
                 return
             except RetryLater as error:
                 # The topic will not bring it again.
-                logger.warning("control: %s of %s waits: %s", request.action, request.stream, error)
+                logger.warning("control: a message waits: %s", error)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    def _tell_malformed(self, refusal: Malformed) -> None:
+        """Tell whoever sent it what is wrong with it; once, however often the same message comes."""
+        if self.parts.store.asked(refusal.id) is not None:
+            return
+        answer = ControlAnswer(
+            id=refusal.id,
+            action=refusal.action,
+            stream=refusal.stream,
+            accepted=False,
+            message=str(refusal),
+            who=refusal.who,
+            reason=refusal.reason,
+            at=self._clock(),
+        )
+        asked = Asked(
+            refusal.id,
+            "",
+            refusal.action,
+            refusal.stream,
+            "refused",
+            refusal.who,
+            refusal.reason,
+            answer.at,
+            answer.model_dump_json(),
+        )
+        self._settle(asked, answer)
 
     async def act(self, request: ControlRequest) -> ControlAnswer:
         """Do what is asked, or say why not; either way the audit topic is told.
@@ -625,12 +663,18 @@ class LearnerApp:
         asked = Asked(
             request.id, request.digest, request.action, request.stream, "done", request.who, request.reason, now
         )
-        erasure = Erasure("", (), ())
+        erasure, plan = Erasure("", (), ()), None
         try:
             if before is not None:
                 message = DONE_BEFORE
             elif request.action == "retrain":
-                message, asked = self._retrain(request), replace(asked, state="accepted")
+                self._learner(request.stream)
+                foreseen = self.parts.trainer.plan(request.stream, request.named)
+                plan = foreseen if request.dry_run else None
+                if foreseen.refused:
+                    raise Refused(str(foreseen) if request.dry_run else "; ".join(foreseen.refused))
+                message = str(foreseen) if request.dry_run else foreseen.begins
+                asked = replace(asked, state="done" if request.dry_run else "accepted")
             elif request.action == "forget":
                 with store.effect_of(asked):
                     erasure = self._forget(request)
@@ -644,7 +688,7 @@ class LearnerApp:
         except (Refused, BrokenVersion) as refusal:
             accepted, message = False, str(refusal)
             asked = replace(asked, state="refused")
-        answer = _answer(request, accepted, message, erasure)
+        answer = _answer(request, accepted, message, erasure, plan)
         asked = replace(asked, answer=answer.model_dump_json())
         self.metrics.control.labels(request.action, "accepted" if accepted else "refused").inc()
         logger.info("control: %s %s by %s: %s", request.action, request.stream, request.who or "unnamed", message)
@@ -658,12 +702,9 @@ class LearnerApp:
                 if self._ending.wait(RETRY_SECONDS):
                     return answer
         if asked.state == "accepted":
-            self.parts.trainer.request(request.stream, "hand", request.reason, request.id)
+            trainer = self.parts.trainer
+            trainer.request(request.stream, "hand", request.reason, request.id, request.named, request.who)
         return answer
-
-    def _retrain(self, request: ControlRequest) -> str:
-        self._learner(request.stream)
-        return self.parts.trainer.begins(request.stream)
 
     def _resume_asked(self) -> None:
         """Do what was accepted by a learner that ended before it was done, and tell what it could not tell."""
@@ -685,7 +726,8 @@ class LearnerApp:
             elif asked.id in runs:
                 self._settle(replace(asked, state="done"))
             else:
-                self.parts.trainer.request(asked.stream, "hand", asked.reason, asked.id)
+                named = ControlAnswer.model_validate_json(asked.answer).retrain or AS_SET
+                self.parts.trainer.request(asked.stream, "hand", asked.reason, asked.id, named, asked.who)
 
     def _settle(self, asked: Asked, answer: ControlAnswer | None = None) -> None:
         with self.parts.store.transaction(self.parts.epoch, self._clock()) as tx:
@@ -724,8 +766,6 @@ class LearnerApp:
 
     def _forget(self, request: ControlRequest) -> Erasure:
         learner = self._learner(request.stream)
-        if not request.event_ids:
-            raise Refused("forget what? give event_ids")
         return forget(request.event_ids, learner, self.parts.trainer, self.parts.store, self._clock())
 
     def _do(self, request: ControlRequest, asked: Asked) -> str:
@@ -999,6 +1039,8 @@ class LearnerApp:
                 try:
                     body = json.loads(sent or "{}")
                     asked = ControlRequest.model_validate({**body, "action": what, "stream": stream})
+                except ValidationError as error:
+                    return shell.json(self, {"error": first_wrong(error)}, 400)
                 except (ValueError, TypeError, RecursionError) as error:
                     return shell.json(self, {"error": str(error)}, 400)
                 try:

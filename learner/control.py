@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from uuid import uuid4
 
 from pydantic import (
@@ -23,10 +25,14 @@ from pydantic import (
     Field,
     SecretStr,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
+from learner.finetune import Plan, Retrain, Strategy
 from stream.errors import TrimtabError
 from stream.events import NUL, EventId, utc_now
 from stream.secret import read_secret
@@ -51,12 +57,84 @@ Action = Literal[
 ]
 
 
+@dataclass(frozen=True)
+class Takes:
+    """What an action is told, beside the fields that each may have (`COMMON`).
+
+    Args:
+        says: what it does, in a sentence.
+        needs: fields without which it is refused.
+        may: fields that it takes besides; any other is refused.
+    """
+
+    says: str
+    needs: tuple[str, ...] = ()
+    may: tuple[str, ...] = ()
+
+
+COMMON = ("id", "who", "reason", "issued_at")
+ACTIONS: Mapping[Action, Takes] = {
+    "retrain": Takes(
+        "Fine-tune the stream now, or after the fine-tune that is running; or say what that would be.",
+        may=("strategy", "observed_from", "observed_to", "dry_run"),
+    ),
+    "promote": Takes("Put a version into service.", needs=("version",), may=("seen", "force")),
+    "rollback": Takes(
+        "Go back to a version, to an exact revision, or, where none is named, to the version before.",
+        may=("version", "seen"),
+    ),
+    "pause": Takes("Keep serving the present revision; labels are stored."),
+    "resume": Takes("Serve what is learned again."),
+    "forget": Takes("Forget events for good.", needs=("event_ids",)),
+    "label": Takes("Say what events are.", needs=("event_ids", "label")),
+    "release": Takes("Learn labels from quarantine after all.", needs=("held",)),
+    "drop": Takes("Delete labels from quarantine.", needs=("held",)),
+    "rename": Takes("Give a class another name.", needs=("old", "new")),
+    "merge": Takes("Make one class of two, for good.", needs=("old", "new")),
+    "replay": Takes("Send dead letters again.", needs=("letters",)),
+}
+"""The one declaration of what can be asked: by the topic, by HTTP and on the command line."""
+
 RequestId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._:-]{1,100}$")]
 LetterPlace = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}:[0-9]{1,18}$")]
+_ID: TypeAdapter[str] = TypeAdapter(RequestId)
+_TEXT: TypeAdapter[str] = TypeAdapter(str)
 
 
 class Refused(TrimtabError):
     """The request is not carried out; the message says why."""
+
+
+class Malformed(Refused):
+    """The message comes from someone who may ask, and is no request.
+
+    Args:
+        value: the message. Its `id`, `action`, `stream`, `who` and `reason` are kept where they can be; else the id is
+            made of its bytes, and the others are empty.
+    """
+
+    def __init__(self, message: str, value: bytes) -> None:
+        super().__init__(message)
+        try:
+            found = json.loads(value)
+        except (ValueError, RecursionError):
+            found = None
+        given: Mapping[str, Any] = found if isinstance(found, dict) else {}
+        try:
+            self.id = _ID.validate_python(given.get("id"))
+        except ValidationError:
+            self.id = hashlib.sha256(value).hexdigest()[:32]
+        self.action, self.stream = _kept(given.get("action"), 20), _kept(given.get("stream"), 100)
+        self.who, self.reason = _kept(given.get("who"), 200), _kept(given.get("reason"), 1_000)
+
+
+def _kept(value: object, most: int) -> str:
+    """The value where it is a text that a database and a topic can hold."""
+    try:
+        text = _TEXT.validate_python(value, strict=True)
+    except ValidationError:
+        return ""
+    return text if len(text) <= most and "\x00" not in text else ""
 
 
 class ControlSettings(BaseModel):
@@ -119,6 +197,10 @@ class ControlRequest(BaseModel):
         reason: why, for the audit.
         who: who asks, for the audit.
         force: promote a version that did not pass its exam; the audit says so.
+        strategy: for retrain: instead of the one in the stream's settings.
+        observed_from: for retrain: train only on events that were observed from then on.
+        observed_to: for retrain: and before then.
+        dry_run: for retrain: train nothing, and say what would be done.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -137,13 +219,30 @@ class ControlRequest(BaseModel):
     reason: str = Field(default="", max_length=1000)
     who: str = Field(default="", max_length=200)
     force: bool = False
+    strategy: Strategy | None = None
+    observed_from: AwareDatetime | None = None
+    observed_to: AwareDatetime | None = None
+    dry_run: bool = False
     issued_at: AwareDatetime = Field(default_factory=utc_now)
 
     @property
     def digest(self) -> str:
         """The same for a request that is sent again, another one where something else is asked."""
-        asked = self.model_dump_json(exclude={"id", "issued_at"})
+        asked = self.model_dump_json(exclude={"id", "issued_at"}, exclude_defaults=True)
         return hashlib.sha256(asked.encode()).hexdigest()
+
+    @property
+    def named(self) -> Retrain:
+        """For retrain: what it names."""
+        return Retrain(strategy=self.strategy, observed_from=self.observed_from, observed_to=self.observed_to)
+
+    @field_validator("observed_to")
+    @classmethod
+    def _after_its_start(cls, end: datetime | None, info: ValidationInfo) -> datetime | None:
+        start = info.data.get("observed_from")
+        if start is not None and end is not None and end <= start:
+            raise ValueError(f"{end.isoformat()} is not after observed_from, {start.isoformat()}")
+        return end
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -151,14 +250,15 @@ class ControlRequest(BaseModel):
         held = self.held and (self.held.labeller, self.held.label, self.held.reason)
         if any("\x00" in text for text in (*texts, *(held or ())) if text):
             raise ValueError(NUL)
-        if self.action in ("release", "drop") and self.held is None:
-            raise ValueError(f"{self.action} needs held, which says which labels")
-        if self.action in ("rename", "merge") and not (self.old and self.new):
-            raise ValueError(f"{self.action} needs old and new")
-        if self.action == "label" and not (self.event_ids and self.label):
-            raise ValueError("label needs event_ids and label")
-        if self.action == "replay" and not self.letters:
-            raise ValueError("replay needs letters, which says which dead letters")
+        takes = ACTIONS[self.action]
+        given = {name for name in type(self).model_fields if getattr(self, name)}
+        if missing := [name for name in takes.needs if name not in given]:
+            raise ValueError(f"{self.action} needs {' and '.join(missing)}")
+        known = ("action", "stream", *COMMON, *takes.needs, *takes.may)
+        if strange := sorted(given.difference(known)):
+            told = ", ".join((*takes.needs, *takes.may)) or "nothing"
+            what = ", ".join(strange)
+            raise ValueError(f"{self.action} does not take {what}; beside who, reason and id it takes {told}")
         return self
 
 
@@ -170,6 +270,8 @@ class ControlAnswer(BaseModel):
         corrected: for reissue: by the version that had made them, how many predictions.
         cleaned: for forget: every place that something was taken from.
         not_reached: for forget: every place that may still hold something, and until when.
+        retrain: for retrain: what was named, where anything was.
+        plan: for a dry run: what would be done.
     """
 
     id: str
@@ -180,6 +282,8 @@ class ControlAnswer(BaseModel):
     cleaned: tuple[str, ...] = ()
     not_reached: tuple[str, ...] = ()
     corrected: dict[str, int] = Field(default_factory=dict)
+    retrain: Retrain | None = None
+    plan: Plan | None = None
     who: str = ""
     reason: str = ""
     at: AwareDatetime = Field(default_factory=utc_now)
@@ -207,6 +311,14 @@ class AskedRequest(BaseModel):
     at: AwareDatetime
 
 
+def first_wrong(error: ValidationError) -> str:
+    """What is wrong with a request, in one line: the field, and what is allowed."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    what = str(first["msg"]).removeprefix("Value error, ")
+    return f"{where}: {what}" if where else what
+
+
 def sign(value: bytes, key: bytes) -> bytes:
     """The signature header's value for a message."""
     return hmac.new(key, value, hashlib.sha256).hexdigest().encode()
@@ -224,7 +336,8 @@ class Gate:
         """The request that a message of the topic carries.
 
         Raises:
-            Refused: it is malformed, not signed, too old, or was seen before.
+            Malformed: it is signed and no request.
+            Refused: it is not signed, too old, or was seen before.
         """
         if not self._open:
             if self._key is None:
@@ -239,8 +352,7 @@ class Gate:
         try:
             request = ControlRequest.model_validate_json(value)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise Refused(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+            raise Malformed(first_wrong(error), value) from None
         if abs((now or datetime.now(UTC)) - request.issued_at) > FRESH:
             raise Refused(f"issued at {request.issued_at.isoformat()}, over {FRESH.seconds // 60} minutes from now")
         if request.id in self._seen:

@@ -30,12 +30,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import IO, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -149,6 +150,107 @@ class FineTuneSettings(BaseModel):
     def starts_anew(self) -> bool:
         """Whether a run forgets what earlier ones trained."""
         return self.strategy == "gdumb"
+
+
+class Retrain(BaseModel):
+    """What a fine-tune by hand may name; what it leaves out is as the stream's settings have it.
+
+    Args:
+        strategy: in place of `finetune.strategy`.
+        observed_from: train only on events that were observed from then on.
+        observed_to: and before then.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    strategy: Strategy | None = None
+    observed_from: AwareDatetime | None = None
+    observed_to: AwareDatetime | None = None
+
+    @property
+    def ranged(self) -> bool:
+        """Whether it names which events."""
+        return self.observed_from is not None or self.observed_to is not None
+
+    def covers(self, at: datetime) -> bool:
+        """Whether an event that was observed then is among them."""
+        after = self.observed_from is None or at >= self.observed_from
+        return after and (self.observed_to is None or at < self.observed_to)
+
+    def settings(self, of_stream: FineTuneSettings) -> FineTuneSettings:
+        """The stream's settings with what is named here.
+
+        Raises:
+            ValidationError: the strategy cannot go with the others.
+        """
+        if self.strategy is None:
+            return of_stream
+        return FineTuneSettings.model_validate({**of_stream.model_dump(), "strategy": self.strategy})
+
+    def __str__(self) -> str:
+        said = [f"strategy {self.strategy}"] if self.strategy else []
+        if self.ranged:
+            said.append("events observed" + _between(self.observed_from, self.observed_to))
+        return ", ".join(said) or "as the settings have it"
+
+
+AS_SET = Retrain()
+"""Names nothing."""
+
+
+class Plan(BaseModel):
+    """What a fine-tune would do if it began now.
+
+    Args:
+        strategy: by which it would train.
+        observed_from, observed_to: of which events, where a range is named.
+        examples: by class, how many it would be given.
+        new: of these, what no run has trained on.
+        memory: of these, what it would be given again.
+        left_out: examples that no run has trained on and that are not in the range.
+        exam: examples of the exam that its candidate would be asked.
+        seconds: how long it should take: the median of the last runs; None before the first that came to an exam.
+        begins: when it would begin.
+        notes: what may keep its candidate from being promoted.
+        refused: why it would be refused; empty where it would not.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strategy: str
+    observed_from: AwareDatetime | None = None
+    observed_to: AwareDatetime | None = None
+    examples: dict[str, int] = Field(default_factory=dict)
+    new: int = 0
+    memory: int = 0
+    left_out: int = 0
+    exam: int = 0
+    seconds: float | None = None
+    begins: str = ""
+    notes: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """One sentence for a person."""
+        if self.refused:
+            return f"it would be refused: {'; '.join(self.refused)}"
+        takes = "no run tells yet how long it takes" if self.seconds is None else f"about {self.seconds:.0f} s"
+        given = f"{self.new + self.memory} examples of {len(self.examples)} classes"
+        said = [
+            f"{self.strategy} on {given}{_between(self.observed_from, self.observed_to)}",
+            f"{self.new} of them new, {self.memory} of the memory",
+            f"{self.exam} examples in the exam",
+            takes,
+            *([f"{self.left_out} new examples are not in the range and stay new"] if self.left_out else []),
+            *self.notes,
+            self.begins,
+        ]
+        return f"nothing was trained; it would be {'; '.join(said)}"
+
+
+def _between(start: datetime | None, end: datetime | None) -> str:
+    said = [f" from {start.isoformat()}"] if start else []
+    return "".join([*said, f" before {end.isoformat()}"] if end else said)
 
 
 class FineTuneJob(BaseModel):

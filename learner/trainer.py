@@ -19,9 +19,11 @@ from __future__ import annotations
 
 import logging
 import shutil
+import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -32,16 +34,20 @@ from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from learner.encoders import load_encoder
 from learner.exam import ExamSettings, LeftOut, Verdict, examine, recent
 from learner.finetune import (
+    AS_SET,
     FineTuneFailed,
     FineTuneJob,
     FineTuneResult,
     FineTuneSettings,
     FineTuneStopped,
+    Plan,
     Progress,
+    Retrain,
     run_finetune,
 )
 from learner.gain import RECENT, Expected, Known, PastRun, expect
@@ -51,7 +57,7 @@ from learner.registry import Lineage, Registry, VersionManifest
 from monitoring.metrics import Metrics
 from monitoring.tracing import Tracing
 from replay.snapshot import write_snapshot
-from replay.store import LearnerStore, Transaction
+from replay.store import Foreseen, LearnerStore, Transaction
 from stream.errors import RetryLater, TrimtabError
 
 logger = logging.getLogger(__name__)
@@ -90,6 +96,18 @@ class Triggers:
 
 
 @dataclass
+class Wanted:
+    """A fine-tune that waits to begin: what it is to be, why, and for whom."""
+
+    named: Retrain
+    causes: list[tuple[Cause, str]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    """Ids of the requests by hand that it answers."""
+    who: str = ""
+    """Who asked for it first."""
+
+
+@dataclass
 class Course:
     """What the trainer knows of one stream."""
 
@@ -97,10 +115,10 @@ class Course:
     finetune: FineTuneSettings
     exam: ExamSettings
     triggers: Triggers
-    requested: list[tuple[Cause, str]] = field(default_factory=list)
-    asked: list[str] = field(default_factory=list)
-    """Ids of the requests by hand that wait, and of those that the run that is going answers."""
-    answering: list[str] = field(default_factory=list)
+    requested: list[Wanted] = field(default_factory=list)
+    """What waits, in the order in which it is done."""
+    doing: Wanted = field(default_factory=lambda: Wanted(AS_SET))
+    """What the run that is going is, or the last one was."""
     labels_since: int = 0
     taught: dict[str, int] = field(default_factory=dict)
     """Labels of each class when the last run began; none are known after a restart, until a run begins."""
@@ -230,7 +248,8 @@ class Trainer:
             course.cancelled = "an example that it trained on was forgotten"
             stopped = course.run
             if stopped is not None:
-                self.request(stream, course.cause, "the run before was stopped, as one of its examples was forgotten")
+                why = "the run before was stopped, as one of its examples was forgotten"
+                self.request(stream, course.cause, why, named=course.doing.named, who=course.doing.who)
         state = self._directory / stream / "state"
         dropped = trained and state.exists()
         if trained:
@@ -242,17 +261,31 @@ class Trainer:
 
     # Triggers
 
-    def request(self, stream: str, cause: Cause, why: str = "", request_id: str = "") -> str:
+    def request(
+        self,
+        stream: str,
+        cause: Cause,
+        why: str = "",
+        request_id: str = "",
+        named: Retrain = AS_SET,
+        who: str = "",
+    ) -> str:
         """Ask for a fine-tune; the answer says when it will begin.
 
         Args:
             request_id: the run's detail names it, under `requests`.
+            named: what it is to be; one that waits and is to be the same is done for both.
+            who: who asks.
         """
         begins, course = self.begins(stream), self.courses[stream]
         with self._lock:
-            course.requested.append((cause, why))
+            wanted = next((one for one in course.requested if one.named == named), None)
+            if wanted is None:
+                wanted = Wanted(named, who=who)
+                course.requested.append(wanted)
+            wanted.causes.append((cause, why))
             if request_id:
-                course.asked.append(request_id)
+                wanted.asked.append(request_id)
         self._metrics.triggers.labels(stream, cause).inc()
         self._wake.set()
         return begins
@@ -270,6 +303,45 @@ class Trainer:
         if others:
             return f"it begins when the fine-tune of stream {others[0]!r} has ended"
         return "it begins now"
+
+    def plan(self, stream: str, named: Retrain = AS_SET) -> Plan:
+        """What a fine-tune by hand would do if it were asked for now, and why it would be refused."""
+        course = self.courses[stream]
+        refused: list[str] = []
+        strategy = named.strategy or course.finetune.strategy
+        with self._lock:
+            waiting = course.requested[0] if course.requested else None
+        if waiting is not None and waiting.named != named:
+            whose = f"{waiting.who}'s" if waiting.who else f"one by {waiting.causes[0][0]}"
+            refused.append(f"another retrain waits already ({whose}: {waiting.named}); ask again when it has begun")
+        try:
+            named.settings(course.finetune)
+        except ValidationError as error:
+            refused.append(str(error.errors(include_url=False)[0]["msg"]).removeprefix("Value error, "))
+        whole = self._store.foreseen(stream)
+        given = [row for row in whole if named.covers(row.observed_at)]
+        if why := _too_little(given, whole, named):
+            refused.append(why)
+        exam = sum(self._store.class_counts(stream, exam=True).values())
+        notes = [] if exam else ["no example is in the exam yet, so nothing that it makes could be promoted"]
+        if self._learners[stream].paused:
+            notes.append("learning is paused, so what passes its exam waits to be promoted by hand")
+        past = self._past(stream)
+        new = sum(row.new for row in given)
+        return Plan(
+            strategy=strategy,
+            observed_from=named.observed_from,
+            observed_to=named.observed_to,
+            examples=dict(Counter(row.label for row in given).most_common()),
+            new=new,
+            memory=len(given) - new,
+            left_out=sum(row.new for row in whole) - new,
+            exam=exam,
+            seconds=statistics.median(run.seconds for run in past) if past else None,
+            begins=self.begins(stream),
+            notes=tuple(notes),
+            refused=tuple(refused),
+        )
 
     def learned(self, stream: str, labels: int) -> None:
         """Count what was learned, and request a fine-tune once it is enough."""
@@ -313,12 +385,7 @@ class Trainer:
 
     def _expect(self, stream: str, recalls: Mapping[str, tuple[int, int]]) -> Expected:
         """What a run now should bring, from the classes' labels and recalls and from the last runs."""
-        course, past = self.courses[stream], []
-        for run in self._store.runs(stream, states={"promoted", "refused"}, limit=RECENT):
-            exam = run.detail.get("exam")
-            if exam and run.started_at and run.finished_at:
-                lasted = (run.finished_at - run.started_at).total_seconds()
-                past.append(PastRun(**{"seconds": lasted, **exam}))
+        course, past = self.courses[stream], self._past(stream)
         right, total = (sum(column) for column in zip(*recalls.values(), strict=True)) if recalls else (0, 0)
         overall = 1.0 - right / total if total else 1.0
         classes = {}
@@ -328,6 +395,16 @@ class Trainer:
             # A class that was hardly asked for is taken to be as wrong as all are.
             classes[name] = Known(taught, count - taught, (asked - hits + 5.0 * overall) / (asked + 5.0))
         return expect(classes, past, drifted=course.drifted)
+
+    def _past(self, stream: str) -> list[PastRun]:
+        """The last runs that came to an exam, newest first."""
+        past = []
+        for run in self._store.runs(stream, states={"promoted", "refused"}, limit=RECENT):
+            exam = run.detail.get("exam")
+            if exam and run.started_at and run.finished_at:
+                lasted = (run.finished_at - run.started_at).total_seconds()
+                past.append(PastRun(**{"seconds": lasted, **exam}))
+        return past
 
     def _trigger(self, stream: str, cause: Cause, why: str) -> None:
         course = self.courses[stream]
@@ -365,10 +442,12 @@ class Trainer:
     def _run(self, stream: str) -> None:
         course = self.courses[stream]
         with self._lock:
-            causes, course.requested = course.requested, []
-            course.answering, course.asked = course.asked, []
+            wanted = course.doing = course.requested.pop(0)
+        causes = wanted.causes
         cause = course.cause = causes[0][0]
         why = "; ".join(f"{c}: {w}" if w else c for c, w in causes)
+        if wanted.named != AS_SET:
+            why += f" ({wanted.named})"
         began = time.monotonic()
         self._metrics.finetune_running.labels(stream).set(1)
         self._metrics.finetune_progress.labels(stream).set(0)
@@ -454,22 +533,29 @@ class Trainer:
 
     def _prepare(self, stream: str, course: Course, cause: Cause, why: str) -> tuple[FineTuneJob, str, dict[str, int]]:
         """Freeze what there is to learn from; on the learners' thread, so that nothing moves meanwhile."""
-        learner, now = self._learners[stream], self._clock()
+        learner, now, wanted = self._learners[stream], self._clock(), course.doing
+        detail: dict[str, Any] = {"why": why}
+        if wanted.asked:
+            detail["requests"] = wanted.asked
+        if wanted.named != AS_SET:
+            detail["retrain"] = wanted.named.model_dump(mode="json", exclude_none=True)
         with self._store.transaction(self._epoch, now) as tx:
-            run = tx.add_run(
-                stream,
-                cause,
-                state="running",
-                detail={"why": why, "requests": course.answering} if course.answering else {"why": why},
-            )
+            run = tx.add_run(stream, cause, state="running", detail=detail)
             tx.update_run(run, state="running", started=True)
         course.run, course.cancelled = run, None
         course.labels_since = 0
-        training = self._store.experience(stream)
+        training = self._store.experience(stream, wanted.named.observed_from, wanted.named.observed_to)
         exam = self._store.examples(stream, exam=True)
-        if not training:
-            raise FineTuneFailed("there is nothing to learn from yet")
-        counts = learner.sums.counts
+        left: Counter[str] = Counter()
+        if not training or wanted.named.ranged:
+            whole = self._store.foreseen(stream)
+            given = [row for row in whole if wanted.named.covers(row.observed_at)]
+            if why_not := _too_little(given, whole, wanted.named):
+                raise FineTuneFailed(why_not)
+            # What is outside the range stays new, and still calls for a run.
+            left = Counter(row.label for row in whole if row.new and not wanted.named.covers(row.observed_at))
+            course.labels_since = left.total()
+        counts = {name: max(0, count - left[name]) for name, count in learner.sums.counts.items()}
         known = sum(min(course.taught.get(name, 0), count) for name, count in counts.items())
         course.sizes = {"taught": known, "since": sum(counts.values()) - known}
         course.taught, course.drifted = counts, False
@@ -490,7 +576,7 @@ class Trainer:
             encoder=spec,
             encoder_files=files,
             state=state if state.exists() else None,
-            settings=course.finetune,
+            settings=wanted.named.settings(course.finetune),
             device=self._device,
         )
         offsets = {f"{topic}/{partition}": offset for (topic, partition), offset in self._store.offsets().items()}
@@ -598,6 +684,8 @@ class Trainer:
     def _conclude(self, stream: str, course: Course, candidate: Candidate, verdict: Verdict, cause: Cause) -> str:
         """Commit the candidate as a version, and put it into service if its exam says so."""
         learner, now, run = self._learners[stream], self._clock(), course.run
+        named = course.doing.named
+        finetune = named.settings(course.finetune)
         assert run is not None
         if course.cancelled is not None:
             raise FineTuneStopped(course.cancelled)
@@ -616,12 +704,13 @@ class Trainer:
             lineage=Lineage(
                 snapshot=candidate.snapshot,
                 label_offsets=candidate.offsets,
-                strategy=course.finetune.strategy,
-                seed=course.finetune.seed,
+                strategy=finetune.strategy,
+                seed=finetune.seed,
                 packages=installed(),
                 settings={
                     "cause": cause,
-                    "finetune": course.finetune.model_dump(mode="json"),
+                    "finetune": finetune.model_dump(mode="json"),
+                    "retrain": named.model_dump(mode="json", exclude_none=True),
                     "summary": result.summary.model_dump(mode="json"),
                     "labels_changed_meanwhile": changed,
                 },
@@ -672,6 +761,27 @@ class Trainer:
         self._metrics.versions.labels(stream, "promoted" if state == "promoted" else "refused").inc()
         course.run = None  # concluded: whatever goes wrong from here on, the run has not come to nothing
         return state
+
+
+def _too_little(given: Sequence[Foreseen], whole: Sequence[Foreseen], named: Retrain) -> str | None:
+    """Why no fine-tune can be made of these examples, in a sentence; None where one can.
+
+    Args:
+        given: those of `whole` that the range covers.
+    """
+    if not whole:
+        return "there is nothing to learn from yet"
+    classes = {row.label for row in given}
+    if len(classes) > 1:
+        return None
+    what = f"only examples of class {classes.pop()!r}" if classes else "no example"
+    if not named.ranged:
+        return f"there are {what} to learn from, and it takes two classes"
+    start, end = (f(row.observed_at for row in whole) for f in (min, max))
+    return (
+        f"observed_from, observed_to: {what} in the range, and it takes two classes; what there is to learn from was "
+        f"observed from {start.isoformat()} to {end.isoformat()}"
+    )
 
 
 def _sweep(job: Path) -> None:

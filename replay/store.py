@@ -140,6 +140,15 @@ class Example:
         return self.trained_in is None
 
 
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """An example that a fine-tune would see: all but the event. `new` while no run has trained on it."""
+
+    label: str
+    new: bool
+    observed_at: datetime
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LedgerSlice:
     """Consecutive ledger rows of one stream and encoder: what to add to its head, what to subtract.
@@ -785,13 +794,41 @@ class LearnerStore:
                 rows = connection.execute(query).all()
         return {row.event_id: (_embedding(row.embedding), row.label) for row in rows}
 
-    def experience(self, stream: str) -> list[Example]:
-        """What the next fine-tune sees: the replay store's members, and all that no run has trained on."""
+    def experience(
+        self, stream: str, observed_from: datetime | None = None, observed_to: datetime | None = None
+    ) -> list[Example]:
+        """What the next fine-tune sees: the replay store's members, and all that no run has trained on.
+
+        Args:
+            observed_from, observed_to: of these only what was observed from then on, and before then.
+        """
         with self._read() as connection:
-            rows = self._candidates(connection, stream)
-            new = {row.event_id for row in rows if row.trained_in is None}
+            chosen = {row.event_id for row in self._experience(connection, stream, observed_from, observed_to)}
             # Events and embeddings are read of these alone, however many have been trained on and let go.
-            return self._examples(connection, stream, new | self._select(stream, rows), exam=False, since_run=None)
+            return self._examples(connection, stream, chosen, exam=False, since_run=None)
+
+    def foreseen(self, stream: str) -> list[Foreseen]:
+        """Of each example that `experience` would return, what can be told without reading it."""
+        with self._read() as connection:
+            return [
+                Foreseen(row.label, row.trained_in is None, moment(row.observed_at))
+                for row in self._experience(connection, stream, None, None)
+            ]
+
+    def _experience(
+        self, connection: sa.Connection, stream: str, observed_from: datetime | None, observed_to: datetime | None
+    ) -> list[Any]:
+        rows = self._candidates(connection, stream)
+        members = self._select(stream, rows)
+        least = None if observed_from is None else micros(observed_from)
+        most = None if observed_to is None else micros(observed_to)
+        return [
+            row
+            for row in rows
+            if (row.trained_in is None or row.event_id in members)
+            and (least is None or row.observed_at >= least)
+            and (most is None or row.observed_at < most)
+        ]
 
     def class_counts(self, stream: str, *, member_only: bool = False, exam: bool | None = None) -> dict[str, int]:
         """How many examples each class has, of those that `examples` would return."""

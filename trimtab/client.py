@@ -25,7 +25,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from deploy.messages import Publisher, check_topic, read
 from deploy.settings import InvalidSettings, Settings, load_settings, rules
-from learner.control import Action, AskedRequest, ControlAnswer, ControlRequest
+from learner.control import Action, AskedRequest, ControlAnswer, ControlRequest, first_wrong
+from learner.finetune import Strategy
 from stream.errors import DeadLetter, Misconfigured, RetryLater, TrimtabError
 from stream.events import Decoder, Event, Label, Prediction, Record, encode, utc_now
 
@@ -157,7 +158,7 @@ class Client:
             value = encode(Label.model_validate(told))
             self._decoder.label(Record("", 0, 0, None, value))
         except ValidationError as error:
-            raise Invalid(_first(error)) from None
+            raise Invalid(first_wrong(error)) from None
         except DeadLetter as refusal:
             raise Invalid(f"{refusal.field}: {refusal.detail}") from None
         self._send([(self._settings.topics.name("labels"), event_id, value)])
@@ -217,17 +218,32 @@ class Client:
 
     # What is asked of the learner
 
-    def retrain(self, stream: str | None = None, *, reason: str = "", request_id: str | None = None) -> ControlAnswer:
+    def retrain(
+        self,
+        stream: str | None = None,
+        *,
+        strategy: Strategy | None = None,
+        observed_from: datetime | None = None,
+        observed_to: datetime | None = None,
+        dry_run: bool = False,
+        reason: str = "",
+        request_id: str | None = None,
+    ) -> ControlAnswer:
         """Ask for a fine-tune; `request(answer.id)` tells how it stands.
 
         Args:
+            strategy: in place of the one in the stream's settings.
+            observed_from: train only on events that were observed from then on; with a time zone.
+            observed_to: and before then.
+            dry_run: train nothing; the answer's `plan` says what would be done.
             request_id: a request that is sent again under its id is not done again. One is made where it is left out.
 
         Raises:
-            NotDone: refused, with the reason.
+            NotDone: refused, with the reason; a dry run too, where the retrain would be.
             Invalid, Unreachable, NotAllowed: it did not come that far.
         """
-        return self._act("retrain", stream, reason=reason, id=request_id)
+        named = {"strategy": strategy, "observed_from": observed_from, "observed_to": observed_to, "dry_run": dry_run}
+        return self._act("retrain", stream, reason=reason, id=request_id, **named)
 
     def promote(
         self,
@@ -343,7 +359,7 @@ class Client:
         try:
             request = ControlRequest(action=action, stream=self._stream(stream), who=self._who, **given)
         except ValidationError as error:
-            raise Invalid(_first(error)) from None
+            raise Invalid(first_wrong(error)) from None
         body = request.model_dump_json(exclude={"action", "stream"}).encode()
         status, content = self._call(f"streams/{self._quoted(stream)}/{action}", body)
         if status not in (202, 409):
@@ -408,11 +424,6 @@ def _told() -> Iterator[None]:
         raise Invalid(str(error)) from error
     except Misconfigured as error:
         raise NotAllowed(str(error)) from error
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _awaited(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -24,6 +24,7 @@ from deploy.messages import letter, read_at
 from deploy.rollback import Blast
 from learner.app import DRIFT_KINDS, Parts
 from learner.control import Refused
+from learner.finetune import Strategy
 from learner.registry import BrokenVersion
 from monitoring.drift import Kind
 from monitoring.metrics import Metrics
@@ -327,6 +328,8 @@ class Query:
                 "running": course.running,
                 "requested": len(course.requested),
                 "cause": course.cause,
+                "strategy": course.finetune.strategy,
+                "strategies": get_args(Strategy),
                 "labels_since": course.labels_since,
                 "progress": progress.model_dump() if progress else None,
             },

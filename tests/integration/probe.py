@@ -8,6 +8,7 @@ import subprocess
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ STREAM: dict[str, Any] = {
 FREQUENCIES = {"slow": 1.0, "middle": 3.0, "fast": 6.0}
 
 
-def window(stream: str, name: str, number: int) -> Telemetry:
-    """An event of a class that can be told by its frequency; its id is `name-number`."""
+def window(stream: str, name: str, number: int, observed_at: datetime | None = None) -> Telemetry:
+    """An event of a class that can be told by its frequency; its id is `name-number`. It is of now, unless told."""
     phase, frequency = 0.37 * number, FREQUENCIES[name]
     wave: list[float | None] = [math.sin(phase + frequency * t / 3) for t in range(32)]
     other: list[float | None] = [math.cos(phase * 2 + t / 5) + 0.01 * number for t in range(32)]
     return Telemetry(
-        event_id=f"{name}-{number}", stream=stream, observed_at=utc_now(), channels=["x", "y"], values=[wave, other]
+        event_id=f"{name}-{number}",
+        stream=stream,
+        observed_at=observed_at or utc_now(),
+        channels=["x", "y"],
+        values=[wave, other],
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from stream.events import Label, Report
 from stream.service import free_port
 from tests.deployment import REPOSITORY, Deployment
 from tests.integration.probe import deployed
@@ -23,12 +24,16 @@ TOKEN = "a token of the test"
 
 @pytest.fixture(scope="module")
 def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """The README's stream, and a learner that wants a token."""
+    """The README's stream with what is learned there before the client's turn, and a learner that wants a token."""
     directory = tmp_path_factory.mktemp("client")
     (directory / "token").write_text(TOKEN)
     guarded = {"learner": {"http": {"token_file": str(directory / "token")}}}
     with deployed(kafka, directory, {"notes": {"kind": "text"}}, guarded) as made:
         made.start_both()
+        files = dict(blocks("README.md", "file"))
+        made.publish(*map(Report.model_validate_json, files["events.jsonl"].splitlines()))
+        made.label(*map(Label.model_validate_json, files["labels.jsonl"].splitlines()))
+        until(lambda: made.status("notes")["labels_learned"] == 6)
         yield made
 
 

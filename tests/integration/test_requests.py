@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from deploy.cli import app
 from learner.control import SIGNATURE, ControlAnswer, ControlRequest, sign
 from stream.events import encode
-from tests.deployment import Deployment
-from tests.integration.probe import STREAM, deployed
+from tests.deployment import Deployment, label
+from tests.integration.probe import FREQUENCIES, STREAM, deployed, end, publish, store_of, window
 from tests.kafka import KafkaBroker
 from tests.waiting import until
 
@@ -23,11 +23,16 @@ SECRET = b"a test's secret"
 
 @pytest.fixture(scope="module")
 def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """A learner that takes signed requests."""
+    """A learner that takes signed requests and has learned something; too little for an exam."""
     control = {"control": {"secret": SECRET.decode()}}
     with deployed(kafka, tmp_path_factory.mktemp("requests"), {"probe": STREAM}, control) as made:
-        made.start("learner")
-        until(lambda: made.ready(made.learner_port), seconds=120)
+        worker, _ = made.start_both()
+        events = [window("probe", name, number) for name in FREQUENCIES for number in range(4)]
+        publish(made, events)
+        made.label(*(label("probe", event.event_id, event.event_id.partition("-")[0]) for event in events))
+        until(lambda: made.status("probe")["labels_learned"] == len(events))
+        end(worker)
+        made.processes.remove(worker)
         yield made
 
 
@@ -92,16 +97,17 @@ def test_a_retrain_is_followed_from_its_request_to_its_run(deployment: Deploymen
     """It takes minutes: whoever asked wants to know whether it waits, runs or came to nothing, and why."""
     assert deployment.ask("probe", "retrain", id="train-1")[1]["accepted"]
     page = "/requests/train-1"
-    until(lambda: deployment.get(deployment.learner_port, page)[1]["state"] == "done", seconds=60)
+    until(lambda: deployment.get(deployment.learner_port, page)[1]["state"] == "done", seconds=240)
     found = deployment.get(deployment.learner_port, page)[1]
-    assert found["run_state"] == "failed"
-    assert "nothing to learn from" in found["message"]
+    assert found["run_state"] == "refused"
+    assert "the exam has 0 examples" in found["message"]
 
 
 def test_what_an_ended_learner_had_accepted_is_done_by_the_next(deployment: Deployment) -> None:
     """A retrain that was accepted and then forgotten is waited for in vain."""
-    assert deployment.ask("probe", "retrain", id="train-2")[1]["accepted"]
-    until(lambda: deployment.get(deployment.learner_port, "/requests/train-2")[1]["state"] == "done", seconds=60)
+    named = {"strategy": "mas", "observed_from": "2020-03-01T00:00:00Z"}
+    assert deployment.ask("probe", "retrain", id="train-2", **named)[1]["accepted"]
+    until(lambda: deployment.get(deployment.learner_port, "/requests/train-2")[1]["state"] == "done", seconds=240)
     learner = deployment.processes[-1]
     learner.send_signal(signal.SIGKILL)
     learner.wait()
@@ -112,9 +118,29 @@ def test_what_an_ended_learner_had_accepted_is_done_by_the_next(deployment: Depl
     database.close()
     deployment.start("learner")
     until(lambda: deployment.ready(deployment.learner_port), seconds=120)
-    until(lambda: deployment.get(deployment.learner_port, "/requests/train-2")[1]["state"] == "done", seconds=60)
+    until(lambda: deployment.get(deployment.learner_port, "/requests/train-2")[1]["state"] == "done", seconds=240)
     until(lambda: len(told(deployment, "night-2")) == 2)
     assert told(deployment, "night-2")[-1].accepted
+    with store_of(deployment) as store:
+        assert store.runs("probe")[0].detail["retrain"] == named
+
+
+def test_a_message_that_is_no_request_is_told_of_to_whoever_may_ask(deployment: Deployment) -> None:
+    """A typing error in a script would else look like a learner that does nothing; strangers are told nothing."""
+    wrong = {"id": "typo-1", "action": "retrain", "stream": "probe", "strategy": "ewcc", "who": "ann"}
+    value = json.dumps(wrong).encode()
+    topic = deployment.topics.name("control")
+    deployment.kafka.produce(topic, [(b"probe", value.replace(b"typo-1", b"typo-0"), ())])
+    by_topic(deployment, value, value)
+    now = ControlRequest(action="resume", stream="probe")
+    by_topic(deployment, encode(now))
+    until(lambda: bool(told(deployment, now.id)))
+    (answer,) = told(deployment, "typo-1")
+    assert (answer.accepted, answer.action, answer.stream, answer.who) == (False, "retrain", "probe", "ann")
+    assert answer.message.startswith("strategy: ")
+    assert "'ewc_replay'" in answer.message
+    assert deployment.get(deployment.learner_port, "/requests/typo-1")[1]["state"] == "refused"
+    assert told(deployment, "typo-0") == []
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,15 @@ import sqlalchemy as sa
 from learner import trainer as trainer_module
 from learner.encoders import Encoder, build_telemetry_encoder
 from learner.exam import ExamSettings
-from learner.finetune import FineTuneJob, FineTuneResult, FineTuneSettings, FineTuneStopped, FineTuneSummary
+from learner.finetune import (
+    AS_SET,
+    FineTuneJob,
+    FineTuneResult,
+    FineTuneSettings,
+    FineTuneStopped,
+    FineTuneSummary,
+    Retrain,
+)
 from learner.heads import HeadSums, quantise
 from learner.joining import Joiner, JoinTopics
 from learner.online import EncoderShelf, OnlineLearner, StreamPlan
@@ -157,13 +165,13 @@ class Loop:
 
     # What comes in
 
-    def predict(self, event_id: str) -> None:
+    def predict(self, event_id: str, observed_at: datetime = START) -> None:
         """A worker answers an event, which lies in the log."""
         place = Place(topic="telemetry", partition=0, offset=int.from_bytes(event_id.encode()[:6], "big"))
         event = Telemetry(
             event_id=event_id,
             stream=STREAM,
-            observed_at=START,
+            observed_at=observed_at,
             channels=list(CHANNELS),
             values=window(event_id).tolist(),
         )
@@ -176,7 +184,7 @@ class Loop:
             novelty=0.5,
             model_version="v1.1",
             ref=place,
-            observed_at=START,
+            observed_at=observed_at,
             predicted_at=START,
         )
         self._step(TOPICS.predictions, encode(answer))
@@ -187,10 +195,10 @@ class Loop:
         told = Label(event_id=event_id, stream=STREAM, label=name, labeller=labeller, labelled_at=self.now)
         self._step(TOPICS.labels, encode(told))
 
-    def teach(self, *event_ids: str, label: str | None = None) -> None:
+    def teach(self, *event_ids: str, label: str | None = None, observed_at: datetime = START) -> None:
         """Events and their labels: the letters of the event's name, unless another is given."""
         for event_id in event_ids:
-            self.predict(event_id)
+            self.predict(event_id, observed_at)
             self.label(event_id, label or event_id.rstrip("0123456789"))
 
     def _step(self, topic: str, value: bytes) -> None:
@@ -215,7 +223,11 @@ class Loop:
         self.learner.put_in_service(self.registry.version(STREAM, name), known, "test", self.now)
 
     def run(
-        self, monkeypatch: pytest.MonkeyPatch, seed: int, meanwhile: Callable[[], None] = lambda: None
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        seed: int,
+        meanwhile: Callable[[], None] = lambda: None,
+        named: Retrain = AS_SET,
     ) -> str | None:
         """One fine-tune whose process gives the encoder `seed`, and what happens while it trains; its last state."""
 
@@ -245,7 +257,7 @@ class Loop:
             )
 
         monkeypatch.setattr(trainer_module, "run_finetune", trained)
-        self.trainer.request(STREAM, "hand")
+        self.trainer.request(STREAM, "hand", named=named)
         assert self.trainer._take(STREAM)
         self.trainer._run(STREAM)
         return self.store.runs(STREAM)[0].state

@@ -7,20 +7,21 @@ That the same seed gives the same bits is tested in `test_finetune`; the whole, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from learner.encoders import payload
-from learner.finetune import FineTuneJob, FineTuneResult, Progress
+from learner.finetune import FineTuneJob, FineTuneResult, Progress, Retrain
 from learner.rebuild import CannotRebuild, Rebuilder, Rebuilt
 from replay.snapshot import read_snapshot
 from replay.store import Payload, StoreSettings
 from stream.events import Decoder, Place, StreamRules
 from stream.lookback import events_at
 from tests.learner import loop as loop_module
-from tests.learner.loop import CHANNELS, STREAM, SUMMARY, Loop, encoder
+from tests.learner.loop import CHANNELS, START, STREAM, SUMMARY, Loop, encoder
 
 KINDS = ("leak", "calm", "surge")
 
@@ -70,6 +71,23 @@ def rebuild(loop: Loop, name: str, seeds: Mapping[str, int]) -> tuple[Rebuilt, l
     work = loop.directory / f"rebuild-{name}-{len(list(loop.directory.iterdir()))}"
     made = Rebuilder(loop.store, loop.registry, {STREAM: "telemetry"}, read_back, work, train=train)
     return made.rebuild(STREAM, name), asked
+
+
+def test_what_a_retrain_named_is_what_it_is_made_of_again(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version made by hand from one night's data must come out of that night's data again, and by its strategy."""
+    night = START + timedelta(hours=8)
+    loop.teach(*(f"{kind}{number}" for kind in KINDS[:2] for number in range(20, 26)), observed_at=night)
+    named = Retrain(strategy="er_ace", observed_from=night, observed_to=night + timedelta(hours=1))
+    assert loop.run(monkeypatch, 3, named=named) in ("promoted", "refused")
+    lineage = loop.registry.version(STREAM, "v4").lineage
+    assert lineage.strategy == "er_ace"
+    assert lineage.settings["retrain"] == named.model_dump(mode="json")
+    found, jobs = rebuild(loop, "v4", {"v2": 1, "v3": 2, "v4": 3})
+    assert (found.outcome, found.proven) == ("same", True)
+    assert [job.settings.strategy for job in jobs[:-1]] == ["replay"] * (len(jobs) - 1)
+    assert jobs[-1].settings.strategy == "er_ace"
+    rows = read_snapshot(jobs[-1].snapshot).dataset
+    assert {at for at, exam in zip(rows["observed_at"], rows["exam"], strict=True) if not exam} == {night}
 
 
 def test_it_is_made_of_what_it_was_made_of(loop: Loop) -> None:

@@ -59,7 +59,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Trainer]]:
 
 
 def causes(trainer: Trainer) -> list[str]:
-    return [cause for cause, _ in trainer.courses["probe"].requested]
+    return [cause for wanted in trainer.courses["probe"].requested for cause, _ in wanted.causes]
 
 
 def test_after_so_many_labels(make: Callable[..., Trainer]) -> None:

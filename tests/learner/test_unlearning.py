@@ -218,7 +218,9 @@ def test_a_run_is_stopped_and_nothing_of_it_stays(tmp_path: Path, monkeypatch: p
     assert "run 1 trained on it and is stopped" in lines(reports[0].cleaned, "fine-tunes")
     assert [path.name for path in (jobs / "run-1").iterdir()] == []
     assert marks(loop) == {1: 0}
-    assert [cause for cause, _ in loop.course.requested] == ["hand"], "what was asked for is done without the event"
+    assert [wanted.causes[0][0] for wanted in loop.course.requested] == ["hand"], (
+        "what was asked for is done without the event"
+    )
     loop.course.requested.clear()
     seen: list[Erasure] = []
     assert loop.run(monkeypatch, 1, lambda: seen.append(erase(loop, "unseen1"))) == "promoted"

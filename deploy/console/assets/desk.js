@@ -54,9 +54,23 @@ function Reach({ found, wrong }) {
   </div>`;
 }
 
+/** What a fine-tune would be, class by class. */
+function Would({ answer }) {
+  const classes = Object.entries(answer.plan?.examples ?? {});
+  return html`<p>${answer.accepted ? "" : "▲ "}${answer.message}</p>
+    ${classes.length > 0 &&
+    html`<div class="scroll" tabindex="0" role="region" aria-label="Examples by class">
+      <table>
+        <thead><tr><th scope="col">Class</th><th scope="col">Examples</th></tr></thead>
+        <tbody>${classes.map(([name, count]) => html`<tr key=${name}><th scope="row">${name}</th><td>${number(count)}</td></tr>`)}</tbody>
+      </table>
+    </div>`}`;
+}
+
 /**
- * Asks once, with who and why for the audit. `ask`: {title, says, verb, danger, force, reach(), run({who, reason, force}, reached)}.
- * Where there is a `reach`, nothing can be asked before it is known, or known that it cannot be.
+ * Asks once, with who and why for the audit. `ask`: {title, says, verb, danger, force, reach(), Fields, given(form), run({who, reason, ...}, reached)}.
+ * Where there is a `reach`, nothing can be asked before it is known, or known that it cannot be. `Fields` are what it may name besides, and
+ * `given` makes of them what is sent; then it can also be asked what would be done.
  */
 export function Ask({ ask, close, done }) {
   const dialog = useRef();
@@ -65,6 +79,7 @@ export function Ask({ ask, close, done }) {
   const [force, setForce] = useState(false);
   const [reached, setReached] = useState(null);
   const [uncounted, setUncounted] = useState("");
+  const [would, setWould] = useState(null);
   useEffect(() => {
     dialog.current.showModal();
     ask.reach?.().then(setReached, (error) => setUncounted(error.message));
@@ -74,11 +89,19 @@ export function Ask({ ask, close, done }) {
     event.preventDefault();
     if (busy || counting) return;
     const form = new FormData(event.target);
+    const dry = event.submitter?.name === "dry";
     const name = form.get("who").trim();
     localStorage.setItem(WHO, name);
     setBusy(true);
+    setWrong("");
     try {
-      const answer = await ask.run({ who: name, reason: form.get("reason").trim(), ...(ask.force ? { force } : {}) }, reached);
+      const named = { ...(ask.force ? { force } : {}), ...ask.given?.(form), ...(dry ? { dry_run: true } : {}) };
+      const answer = await ask.run({ who: name, reason: form.get("reason").trim(), ...named }, reached);
+      if (dry) {
+        setWould(answer);
+        setBusy(false);
+        return;
+      }
       done(answer.accepted, answer.message);
       close();
     } catch (error) {
@@ -91,13 +114,16 @@ export function Ask({ ask, close, done }) {
       <h2 id="ask-title">${ask.title}</h2>
       <p>${ask.says}</p>
       ${ask.reach && html`<${Reach} found=${reached} wrong=${uncounted} />`}
+      ${ask.Fields && html`<${ask.Fields} />`}
       ${ask.force && html`<label class="check"><input type="checkbox" checked=${force} onChange=${(e) => setForce(e.target.checked)} /> ${ask.force}</label>`}
       <label>Why <input name="reason" maxlength="1000" autocomplete="off" autofocus onPaste=${bounded(1000, setWrong)} /></label>
       <label>Who asks <input name="who" maxlength="200" value=${who()} autocomplete="name" onPaste=${bounded(200, setWrong)} /></label>
       <p class="dim">Both are kept on the topic audit.</p>
+      <div role="status">${would && html`<${Would} answer=${would} />`}</div>
       ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
       <p class="row">
         <button type="submit" class=${ask.danger ? "danger" : "main"} disabled=${busy || counting || (ask.force && !force)}>${busy ? "Asking…" : ask.verb}</button>
+        ${ask.Fields && html`<button type="submit" name="dry" disabled=${busy}>What would it do?</button>`}
         <button type="button" onClick=${close}>Cancel</button>
       </p>
     </form>

@@ -187,6 +187,19 @@ function Steering({ one, ask, locked }) {
       title: `Retrain ${one.stream}`,
       says: one.fine_tune.running ? "A fine-tune is running: this one is folded into the next." : "A fine-tune begins in a process of its own. What it makes serves only if it passes its exam.",
       verb: "Retrain",
+      Fields: () => html`<details>
+        <summary>Another strategy, or a part of the events only</summary>
+        <label>Strategy
+          <select name="strategy"><option value="">${one.fine_tune.strategy}, as in the settings</option>${one.fine_tune.strategies.filter((name) => name !== one.fine_tune.strategy).map((name) => html`<option>${name}</option>`)}</select>
+        </label>
+        <label>Events observed from <input name="observed_from" type="datetime-local" step="1" /></label>
+        <label>and before <input name="observed_to" type="datetime-local" step="1" /></label>
+        <p class="dim">Times are those of this browser. What is left out stays for the next fine-tune.</p>
+      </details>`,
+      given: (form) => ({
+        ...(form.get("strategy") ? { strategy: form.get("strategy") } : {}),
+        ...Object.fromEntries(["observed_from", "observed_to"].filter((name) => form.get(name)).map((name) => [name, new Date(form.get(name)).toISOString()])),
+      }),
       run: (given) => act(one.stream, "retrain", given),
     });
   const turn = one.paused ? "resume" : "pause";
