@@ -119,7 +119,7 @@ export function Ask({ ask, close, done }) {
       <label>Why <input name="reason" maxlength="1000" autocomplete="off" autofocus onPaste=${bounded(1000, setWrong)} /></label>
       <label>Who asks <input name="who" maxlength="200" value=${who()} autocomplete="name" onPaste=${bounded(200, setWrong)} /></label>
       <p class="dim">Both are kept on the topic audit.</p>
-      <div role="status">${would && html`<${Would} answer=${would} />`}</div>
+      ${ask.Fields && html`<div role="status">${would && html`<${Would} answer=${would} />`}</div>`}
       ${wrong && html`<p class="wrong" role="alert">${wrong}</p>`}
       <p class="row">
         <button type="submit" class=${ask.danger ? "danger" : "main"} disabled=${busy || counting || (ask.force && !force)}>${busy ? "Asking…" : ask.verb}</button>
