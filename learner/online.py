@@ -479,14 +479,14 @@ class OnlineLearner:
         """The head of the sums, calibrated again when their examples became a tenth more or fewer."""
         prior = self.plan.prior
         due = self._recent and not 0.9 * self._calibrated_by - 20 < self.sums.total < 1.1 * self._calibrated_by + 20
-        q = np.stack([embedding for embedding, _ in self._recent.values()]) if due else np.empty(0)
-        labels = [label for _, label in self._recent.values()] if due else []
-        if self.race.leader == "newest":
-            if due:
-                self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=prior), self.sums.total
-            return solve(self._emphasised(), prior=prior, calibration=self._calibration)
+        newest = self.race.leader == "newest"
         if not due:
-            return solve(self.sums, prior=prior, calibration=self._calibration)
+            return solve(self._emphasised() if newest else self.sums, prior=prior, calibration=self._calibration)
+        q = np.stack([embedding for embedding, _ in self._recent.values()])
+        labels = [label for _, label in self._recent.values()]
+        if newest:
+            self._calibration, self._calibrated_by = calibrate(self.sums, q, labels, prior=prior), self.sums.total
+            return solve(self._emphasised(), prior=prior, calibration=self._calibration)
         head = solve(self.sums, prior=prior, calibrate_on=(q, labels))
         if head is not None:
             self._calibration, self._calibrated_by = Calibration(head.temperature, head.usual), self.sums.total
