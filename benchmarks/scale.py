@@ -31,6 +31,7 @@ from learner.registry import Pointer, Registry
 from replay.store import LearnerStore
 from stream.errors import TrimtabError
 from stream.events import Event, Report, encode, utc_now
+from stream.service import settle_collector
 
 PARTS = ("workers", "streams", "start", "index")
 PACKAGES = ("torch", "confluent-kafka", "faust-streaming", "pydantic", "sqlalchemy", "numpy")
@@ -273,6 +274,7 @@ def index(chosen: argparse.Namespace, console: Console) -> list[Row]:
     """Predictions indexed and labels joined, in SQLite, by the size of the index."""
     rows: list[Row] = []
     small: dict[str, float] = {}
+    settle_collector()  # as a learner's process does at its start
     with store.database("sqlite", None) as where, closing(LearnerStore(where)) as opened:
         bench = store.Bench(opened)
         filled = 0

@@ -34,6 +34,7 @@ from stream.batches import Batch
 from stream.errors import TrimtabError
 from stream.events import Decoder, Label, Place, Prediction, Record, StreamRules, encode
 from stream.join import join, touched
+from stream.service import settle_collector
 from tests.postgres import PostgresServer, PostgresUnavailable
 
 PACKAGES = ("sqlalchemy", "psycopg", "pydantic", "numpy")
@@ -252,6 +253,7 @@ def _server_of(store: LearnerStore) -> psutil.Process | None:
 def measure(kind: str, where: str, chosen: argparse.Namespace, say: Say) -> list[Row]:
     """Every contest on one database, medians of `--runs`."""
     rows: list[Row] = []
+    settle_collector()  # as a learner's process does at its start
     with closing(LearnerStore(where)) as store:
         bench = Bench(store)
         began = time.perf_counter()

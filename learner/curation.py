@@ -337,7 +337,7 @@ def _aside(claims: list[Claim], found: Review, known: list[Suspect]) -> list[tup
 
 
 def _named(rows: Mapping[str, Labelled], old: str, new: str) -> dict[str, Labelled]:
-    return {name: replace(row, label=new) if row.label == old else row for name, row in rows.items()}
+    return {name: row._replace(label=new) if row.label == old else row for name, row in rows.items()}
 
 
 def _label(row: Labelled) -> Label:

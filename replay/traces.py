@@ -122,7 +122,7 @@ def bury(connection: sa.Connection, stream: str, event_ids: Iterable[str], now: 
 def buried(connection: sa.Connection, keys: Iterable[EventKey]) -> dict[EventKey, int]:
     """Which of these events were forgotten, and when (microseconds)."""
     c = t.forgotten.c
-    return _found(connection, c.digest, c.at, {key: digest(*key) for key in keys})
+    return _found(connection, c.digest, c.at, digest, keys)
 
 
 def settle(connection: sa.Connection, taught: Mapping[EventKey, bool], now: int) -> None:
@@ -137,23 +137,27 @@ def settle(connection: sa.Connection, taught: Mapping[EventKey, bool], now: int)
 def settled(connection: sa.Connection, keys: Iterable[EventKey]) -> dict[EventKey, bool]:
     """Which of these events are settled, and whether a head still holds their share."""
     c = t.settled.c
-    return _found(connection, c.mark, c.taught, {key: _settled(*key) for key in keys})
+    return _found(connection, c.mark, c.taught, _settled, keys)
 
 
 def _found(
-    connection: sa.Connection, column: sa.Column[Any], value: sa.Column[Any], marks: Mapping[EventKey, Any]
+    connection: sa.Connection,
+    column: sa.Column[Any],
+    value: sa.Column[Any],
+    mark: Callable[[str, str], Any],
+    keys: Iterable[EventKey],
 ) -> dict[EventKey, Any]:
     table = column.table
     # These tables are empty in most installations, and are asked at every batch.
-    if not marks or connection.scalar(sa.select(sa.literal(1)).select_from(table).limit(1)) is None:
+    if connection.scalar(sa.select(sa.literal(1)).select_from(table).limit(1)) is None:
         return {}
     streams: dict[str, dict[Any, EventKey]] = {}
-    for key, mark in marks.items():
-        streams.setdefault(key[0], {})[mark] = key
+    for key in keys:
+        streams.setdefault(key[0], {})[mark(*key)] = key
     found: dict[EventKey, Any] = {}
     for stream, owners in streams.items():
         query = sa.select(column, value).where(table.c.stream == stream, among(connection, column, sorted(owners)))
-        found.update({owners[mark]: held for mark, held in connection.execute(query)})
+        found.update({owners[one]: held for one, held in connection.execute(query)})
     return found
 
 

@@ -24,9 +24,10 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 from stream.events import Label, Place, Prediction
 
@@ -37,8 +38,7 @@ At = tuple[int, int]
 """(partition, offset) of a message in its own topic."""
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(NamedTuple):
     """What was answered for one event: a row of the join index.
 
     Args:
@@ -69,8 +69,7 @@ class Served:
         return self.ref.topic, self.ref.partition, self.ref.offset, self.written
 
 
-@dataclass(frozen=True, slots=True)
-class Labelled:
+class Labelled(NamedTuple):
     """What one labeller says of one event; `label` None when it was withdrawn.
 
     Args:
@@ -97,8 +96,7 @@ class Labelled:
         return self.labelled_at, self.at
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """Was the answer that was served right? Prequential: the model had not seen this label then."""
 
     stream: str
@@ -119,8 +117,7 @@ class Score:
         return self.predicted == self.label
 
 
-@dataclass(frozen=True, slots=True)
-class Lesson:
+class Lesson(NamedTuple):
     """What is, or should be, learned of one event: the label, and which event it is learned from."""
 
     label: str
@@ -144,8 +141,7 @@ class Kind(StrEnum):
     """No label is left: subtract."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One event whose learned state differs from the desired one."""
 
     stream: str
@@ -288,7 +284,9 @@ def join(
     scores: list[Score] = []
     unscored: list[EventKey] = []
     first_scores: Counter[tuple[str, str, str]] = Counter()
-    for key in sorted({*served, *spoken}):
+    # An event that nobody has spoken of, as are most of those just answered, has nothing to learn, score or count.
+    told = spoken.keys() | served.keys() & (known.labels.keys() | known.learned.keys() | known.scores.keys())
+    for key in sorted(told):
         stream, event_id = key
         rule = RULES[(rules or {}).get(stream, "latest")]
         before = known.labels.get(key, {})
@@ -298,15 +296,16 @@ def join(
         answer = served.get(key, known.served.get(key))
 
         lesson = known.learned.get(key)
-        change = Change(stream, event_id, _desired(effective, answer, lesson), lesson)
-        if change.desired != change.learned:
+        desired = _desired(effective, answer, lesson)
+        change = None if desired == lesson else Change(stream, event_id, desired, lesson)
+        if change is not None:
             changes.append(change)
         if _disagree(after) and not _disagree(before):
             label_outcomes[stream, "disagreed"] += 1
         for label in accepted.get(key, ()):
             if answer is None and lesson is None:
                 label_outcomes[stream, "waiting"] += 1
-            elif change.desired == change.learned or change.outcome is None:
+            elif change is None or change.outcome is None:
                 same = effective is not None and label.label == effective.label
                 label_outcomes[stream, "repeated" if same else "superseded"] += 1
 
@@ -400,7 +399,7 @@ def _join_predictions(
         outcomes[new.stream, "repeated" if new.ref == old.ref else "repeated_event"] += 1
         first = min(old, new, key=lambda row: row.order)
         # That an event can no longer be read is known of the place, not of the prediction.
-        rows[new.key] = replace(first, too_late=old.too_late) if first.ref == old.ref else first
+        rows[new.key] = first._replace(too_late=old.too_late) if first.ref == old.ref else first
     return rows, outcomes
 
 
@@ -470,4 +469,4 @@ def _score(effective: Labelled | None, answer: Served | None, old: Score | None)
 
 
 def _disagree(labels: Mapping[str, Labelled]) -> bool:
-    return len({label.label for label in labels.values() if label.label is not None}) > 1
+    return len(labels) > 1 and len({label.label for label in labels.values() if label.label is not None}) > 1

@@ -171,13 +171,13 @@ def test_an_answer_of_no_class_is_wrong() -> None:
 def test_kinds_of_change() -> None:
     """Only what was never read, or read from the wrong place, may cost a read of the log."""
     lesson = Lesson("a", Place(topic="t", partition=0, offset=1), NOW, NOW)
-    moved = replace(lesson, ref=Place(topic="t", partition=0, offset=0))
+    moved = lesson._replace(ref=Place(topic="t", partition=0, offset=0))
     cases = {
         Kind.LEARN: (lesson, None),
         Kind.FORGET: (None, lesson),
         Kind.REREAD: (moved, lesson),
-        Kind.RELABEL: (replace(lesson, label="b"), lesson),
-        Kind.REDATE: (replace(lesson, labelled_at=NOW + timedelta(1)), lesson),
+        Kind.RELABEL: (lesson._replace(label="b"), lesson),
+        Kind.REDATE: (lesson._replace(labelled_at=NOW + timedelta(1)), lesson),
     }
     for kind, (desired, learned) in cases.items():
         change = Change("s", "e", desired, learned)
@@ -197,7 +197,7 @@ def test_what_was_learned_outlives_the_join_index() -> None:
 def test_an_event_too_late_is_not_asked_for_again() -> None:
     """Its log segment is gone for good; each label of it would cost a failed read."""
     state = told(prediction())
-    gone = replace(state, served={KEY: replace(state.served[KEY], too_late=True)})
+    gone = replace(state, served={KEY: state.served[KEY]._replace(too_late=True)})
     joined = one(gone, label("a"))
     assert joined.changes == ()
     assert [score.label for score in joined.scores] == ["a"]
