@@ -36,7 +36,17 @@ from learner.exam import (
     guard_revision,
     recent,
 )
-from learner.heads import Calibration, HeadSums, LinearHead, calibrate, dequantise, leave_one_out, quantise, solve
+from learner.heads import (
+    Calibration,
+    HeadRecipe,
+    HeadSums,
+    LinearHead,
+    calibrate,
+    dequantise,
+    leave_one_out,
+    quantise,
+    solve,
+)
 from learner.recency import Heat, Newest, Race, RecencySettings
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from learner.shadow import SLOW_SOLVE, SOLVE_SHARE, Duel, Event, Shadow, ShadowSettings, Trial
@@ -436,7 +446,8 @@ class OnlineLearner:
             return False
         began = time.monotonic()
         sums = self._emphasised() if self.race.leader == "newest" else self.sums
-        head = solve(sums, prior=self.plan.prior, calibration=self._calibrated())
+        calibration = self._calibrated()
+        head = solve(sums, prior=self.plan.prior, calibration=calibration)
         took = time.monotonic() - began
         self._rest_until = began + (took / SOLVE_SHARE if took > SLOW_SOLVE else 0.0)
         if guard and (reasons := self._guard(head)):
@@ -450,7 +461,11 @@ class OnlineLearner:
         digest = "" if tensors is None else self._registry.put_head(tensors)
         with self._store.transaction(self._epoch, now) as tx:
             revision = tx.add_revision(
-                self.plan.name, int(self.version.removeprefix("v")), head=digest, ledger_seq=self._seq
+                self.plan.name,
+                int(self.version.removeprefix("v")),
+                head=digest,
+                ledger_seq=self._seq,
+                detail=self._recipe(calibration).model_dump(exclude_none=True),
             )
             self._registry.put_revision(self.plan.name, self.version, revision, self.encoder_digest, tensors)
             self._send(tx, kind, self.version, revision, self.encoder_digest, digest or None, now)
@@ -462,6 +477,16 @@ class OnlineLearner:
         self._changed = False
         self._metrics.revisions.labels(self.plan.name, "announced").inc()
         return True
+
+    def _recipe(self, calibration: Calibration | None) -> HeadRecipe:
+        recency = self.plan.recency if self.race.leader == "newest" else None
+        return HeadRecipe(
+            examples=self.sums.total,
+            prior=self.plan.prior,
+            width=self.sums.lift.width,
+            calibration=calibration,
+            newest=recency and (recency.labels, recency.weight),
+        )
 
     def _calibrated(self) -> Calibration | None:
         """The calibration of the sums, fitted again when their examples became a tenth more or fewer."""
