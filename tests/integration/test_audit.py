@@ -47,7 +47,10 @@ def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> 
         until(lambda: labels(made).get("corrected") == 1 and labels(made).get("withdrawn") == 1)
         until(lambda: made.status("probe")["labels_learned"] == 10 and made.status("probe")["scored"] == 10)
         until(lambda: len(made.records("dead_letters")) == 1)
-        publish(made, [window("probe", "slow", 6)])
+        publish(made, [window("probe", "slow", 6), window("probe", "middle", 0)])
+        before = made.status("probe")["serving"]
+        made.label(label("probe", "middle-0", "middle"))
+        until(lambda: made.status("probe")["scored"] == 11 and made.status("probe")["serving"] != before)
         # Behind the last prediction lies a marker of its transaction, which nobody reads.
         until(lambda: Scrape(made.learner_port).total("trimtab_consumer_lag_events") == 0)
         end(worker)
@@ -85,8 +88,8 @@ def test_where_all_went_well_it_finds_nothing(deployment: Deployment) -> None:
     """Every kind of label and a dead letter went by, and none of them is a broken promise."""
     found = audit(deployment)
     assert found.breaches == []
-    assert (found.places, found.answered, found.parked, found.waiting) == (14, 13, 1, 0)
-    assert (found.labels, found.labels_waiting) == (14, 1)
+    assert (found.places, found.answered, found.parked, found.waiting) == (15, 14, 1, 0)
+    assert (found.labels, found.labels_waiting) == (15, 1)
     assert found.dead_letters == {"malformed_json": 1}
     assert found.versions == 1
 
@@ -180,7 +183,7 @@ def test_a_revision_that_answered_is_asked_again_also_where_its_head_was_pruned(
     assert before["how"] == "stored"
     assert before["off"] < 1e-3
     registry = open_registry(load_settings(other))
-    assert name in registry.prune("probe", revisions=0, grace=timedelta(0)).revisions
+    assert name in registry.prune("probe", revisions=1, grace=timedelta(0)).revisions
     _, after = again("slow-6")
     assert (after["how"], after["off"]) == ("same", before["off"])
     assert "made again of 10 examples, the same by its checksum: the same answer" in after["told"]
