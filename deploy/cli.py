@@ -915,7 +915,9 @@ def versions_diff(
 @versions_app.command("rebuild")
 def versions_rebuild(
     stream: StreamArgument,
-    version: Annotated[str, typer.Argument(help="Such as v12.")],
+    version: Annotated[
+        str, typer.Argument(help="Such as v12; or a revision such as v12.34, whose head is solved again.")
+    ],
     config: ConfigOption = None,
     as_json: JsonOption = False,
     format: Format = "text",  # noqa: A002
@@ -928,6 +930,9 @@ def versions_rebuild(
     _known_stream(settings, stream)
     if not _store_is_here(settings):
         raise Misconfigured(f"learner.store {settings.learner.store} is not here: run it where the learner runs")
+    if "." in version:
+        _rebuild_revision(settings, stream, version, as_json)
+        return
     from tempfile import TemporaryDirectory
 
     from deploy.wiring import events_back, open_store
@@ -963,6 +968,33 @@ def versions_rebuild(
         for note in found.notes:
             typer.echo(f"  {note}")
     if found.outcome == "other":
+        raise typer.Exit(1)
+
+
+def _rebuild_revision(settings: Settings, stream: str, name: str, as_json: bool) -> None:
+    from deploy.wiring import open_store, reviver
+    from learner.rebuild import TOLERANCE
+
+    store = open_store(settings)
+    try:
+        found = reviver(settings, store, _registry(settings)).revive(stream, name)
+    finally:
+        store.close()
+    if as_json:
+        row = {name: value for name, value in vars(found).items() if name != "head"}
+        typer.echo(json.dumps({"stream": stream, **row}, ensure_ascii=False))
+    else:
+        off = "" if found.largest is None else f"{found.largest:.2e} off at most"
+        said = {
+            "same": "the same head by its checksum",
+            "near": f"within the tolerance of {TOLERANCE:.0%} of the head that is stored: {off}",
+            "other": f"not the head that is stored: {off}, {TOLERANCE:.0%} is allowed",
+            "unproven": "another head by its checksum, and that which was announced is not stored any more",
+        }
+        typer.echo(f"{name} of {stream}, made again of {found.examples} examples, is {said[found.outcome]}.")
+        for note in found.notes:
+            typer.echo(f"  {note}")
+    if found.outcome in ("other", "unproven"):
         raise typer.Exit(1)
 
 
@@ -1561,7 +1593,7 @@ def _explained(
                 knowing = History(store).streams_of(event_id, streams)
                 stream = _the_only(knowing or streams)
             registry = open_registry(settings)
-            made = explainer(settings, store, lambda name: answering_from(store, registry, name))
+            made = explainer(settings, store, registry, lambda name: answering_from(store, registry, name))
             return made.explain(stream or streams[0], event_id, None if everything else LOOKED_AT)
         finally:
             store.close()

@@ -2,7 +2,9 @@
 
 The database tells what it knows in an instant (`glance`). What it does not keep is looked for in the topics, each
 within a bound (`explain`): every answer with its probabilities, every label as it was sent, dead letters. What speaks
-for an answer is found by the event's embedding: the examples that are most like it, and what is answered for it now.
+for an answer is found by the event's embedding: the examples that are most like it, what is answered for it now, and
+whether the revision that answered it would again: its head as it is stored or, where that was pruned, as it is made
+again from its line of lineage.
 
 Nothing here writes. The learner's console and the command line show the same answer.
 """
@@ -29,11 +31,16 @@ from stream.search import Looked, Search, partition_of, speaks_of
 
 if TYPE_CHECKING:
     from learner.registry import Registry
+    from learner.revive import Reviver
 
 SHOWN_TEXT = 20_000
 EXCERPT = 300
 """Characters of an example that is shown beside others."""
 NEAREST = 8
+ASKED_AGAIN = 3
+"""Revisions that are asked again: one that was pruned costs as much as a stream's head is solved in."""
+TOLERANCE = 0.01
+"""Of a probability, where the same head gives it again: a worker embeds many events at once, and rounds otherwise."""
 LOOKED_AT = 50_000
 """Messages that a part of a topic has at most; see `stream.search`."""
 
@@ -66,6 +73,25 @@ class _Found(NamedTuple):
     looked: list[str]
 
 
+class _Subject(NamedTuple):
+    """The event that is explained, as far as it can be read, and what answers its stream now."""
+
+    stream: str
+    event_id: str
+    event: Payload | None
+    why: str
+    learned: Learned | None
+    answering: Answering
+
+
+class _Again(NamedTuple):
+    """What a revision's head says of an event once more, and where that head is from."""
+
+    how: str
+    told: str
+    probabilities: Mapping[str, float] | None = None
+
+
 class Explainer:
     """Explains events of any stream.
 
@@ -75,6 +101,8 @@ class Explainer:
         topics: whole names of `predictions`, `labels` and `dead_letters`.
         decoder: knows the streams.
         answering: what answers a stream now.
+        registry: where weights lie.
+        reviver: makes heads again that were pruned.
     """
 
     def __init__(
@@ -84,9 +112,11 @@ class Explainer:
         topics: Mapping[str, str],
         decoder: Decoder,
         answering: Callable[[str], Answering],
+        registry: Registry,
+        reviver: Reviver,
     ) -> None:
         self._history, self._kafka, self._topics = History(store), kafka, topics
-        self._decoder, self._answering = decoder, answering
+        self._decoder, self._answering, self._registry, self._reviver = decoder, answering, registry, reviver
 
     def glance(
         self, stream: str, event_id: str, seen: Callable[[bytes | None], Any] = lambda content: None
@@ -134,15 +164,19 @@ class Explainer:
         if record is None and in_log.answers:
             # The database has let go of it, or has not joined it yet; its answer says where it lies.
             record, why = self._read(in_log.answers[0][0].ref)
+        subject = self._subject(stream, event_id, past.learned, record)
         return {
             **found,
             "content": None if record is None else readable(record.value),
             "why": why,
-            "predictions": [told_prediction(one, place) for one, place in in_log.answers],
+            "predictions": [
+                {**told_prediction(one, place), "again": again}
+                for (one, place), again in zip(in_log.answers, self._again(subject, in_log.answers), strict=True)
+            ],
             "labels": [told_label(one, place) for one, place in in_log.labels],
             "letters": [told_letter(one) for one in in_log.letters],
             "looked": in_log.looked,
-            **self._likeness(stream, event_id, past.learned, record),
+            **self._likeness(subject),
         }
 
     # What lies in the log
@@ -194,24 +228,32 @@ class Explainer:
 
     # What speaks for an answer
 
-    def _likeness(self, stream: str, event_id: str, learned: Learned | None, record: Record | None) -> dict[str, Any]:
-        """What is answered for the event now, and the examples most like it."""
-        answering = self._answering(stream)
-        nothing: dict[str, Any] = {"now": None, "nearest": []}
-        if learned is not None and learned.encoder == answering.encoder:
-            embedding = learned.embedding
-        elif record is None:
-            return {**nothing, "unlike": "the event cannot be read any more, so nothing can be compared with it"}
+    def _subject(self, stream: str, event_id: str, learned: Learned | None, record: Record | None) -> _Subject:
+        event: Payload | None = None
+        why = ""
+        if record is None:
+            why = "the event cannot be read any more, so nothing can be compared with it"
         else:
             try:
-                event = self._decoder.event(record)
+                its = self._decoder.event(record)
             except DeadLetter as refusal:
-                return {**nothing, "unlike": f"a dead letter: {refusal}"}
-            if (event.stream, event.event_id) != (stream, event_id):
-                return {**nothing, "unlike": "another event lies at its place by now: its topic was made again"}
-            from learner.encoders import payload
+                why = f"a dead letter: {refusal}"
+            else:
+                if (its.stream, its.event_id) != (stream, event_id):
+                    why = "another event lies at its place by now: its topic was made again"
+                else:
+                    from learner.encoders import payload
 
-            embedding = answering.embed(payload(event, self._decoder.rules[stream].channels))
+                    event = payload(its, self._decoder.rules[stream].channels)
+        return _Subject(stream, event_id, event, why, learned, self._answering(stream))
+
+    def _likeness(self, subject: _Subject) -> dict[str, Any]:
+        """What is answered for the event now, and the examples most like it."""
+        stream, event_id, answering = subject.stream, subject.event_id, subject.answering
+        nothing: dict[str, Any] = {"now": None, "nearest": []}
+        embedding = self._embedding(subject, answering.encoder)
+        if embedding is None:
+            return {**nothing, "unlike": subject.why}
         if answering.head is None:
             return {**nothing, "unlike": f"{answering.name} has learned nothing yet"}
         row = dequantise(embedding[None, :], answering.bound).astype(np.float32)
@@ -239,6 +281,60 @@ class Explainer:
             ],
             "unlike": "" if near else "no example teaches this encoder's head yet",
         }
+
+    def _embedding(self, subject: _Subject, encoder: str) -> npt.NDArray[np.int16] | None:
+        """The event under an encoder; None where it cannot be read."""
+        if subject.learned is not None and subject.learned.encoder == encoder:
+            return subject.learned.embedding
+        if subject.event is None:
+            return None
+        if encoder == subject.answering.encoder:
+            return subject.answering.embed(subject.event)
+        from learner.encoders import load_encoder
+        from learner.heads import quantise
+
+        spec, files = self._registry.encoder(encoder)
+        made: npt.NDArray[np.int16] = quantise(load_encoder(spec, files).embed([subject.event]), spec.bound)[0]
+        return made
+
+    # What the revision that answered says again
+
+    def _again(self, subject: _Subject, answers: Sequence[tuple[Prediction, Place]]) -> list[dict[str, Any]]:
+        """For each answer what its revision says now, and how that head was come by."""
+        asked: dict[str, _Again] = {}
+        for one, _ in answers:
+            if one.label is not None and one.model_version not in asked and len(asked) < ASKED_AGAIN:
+                asked[one.model_version] = self._ask_again(subject, one.model_version)
+        return [_told_again(one, asked.get(one.model_version)) for one, _ in answers]
+
+    def _ask_again(self, subject: _Subject, name: str) -> _Again:
+        from learner.rebuild import CannotRebuild
+        from learner.registry import BrokenVersion
+
+        stream, registry = subject.stream, self._registry
+        try:
+            try:
+                ref = registry.revision(stream, name)
+                head = None if ref.head is None else LinearHead.from_tensors(registry.head(ref.head))
+                encoder, how, told = ref.encoder, "stored", "its head as it is stored"
+            except BrokenVersion:
+                made = self._reviver.revive(stream, name)
+                head, encoder, how = made.head, made.encoder, made.outcome
+                told = f"its head was pruned, and made again of {made.examples} examples"
+                told += ", the same by its checksum" if how == "same" else ", but by its checksum it is another"
+                told += "".join(f"; {note}" for note in made.notes)
+            if head is None:
+                return _Again("none", "it had learned nothing")
+            embedding = self._embedding(subject, encoder)
+            if embedding is None:
+                return _Again("none", subject.why)
+            bound = registry.encoder(encoder)[0].bound
+        except (CannotRebuild, BrokenVersion) as error:
+            return _Again("none", str(error))
+        labels, probabilities, _ = head.answer(
+            dequantise(embedding[None, :], bound).astype(np.float32), len(head.classes)
+        )
+        return _Again(how, told, dict(zip(labels[0], probabilities[0].astype(float).tolist(), strict=True)))
 
 
 FORGOTTEN = "it was forgotten on request: nothing of it is kept, and nothing is looked for"
@@ -338,6 +434,18 @@ def told_prediction(one: Prediction, place: Place) -> dict[str, Any]:
     }
 
 
+def _told_again(one: Prediction, again: _Again | None) -> dict[str, Any]:
+    if again is None:
+        why = "nothing was learned yet" if one.label is None else f"only {ASKED_AGAIN} revisions are asked again"
+        again = _Again("none", why)
+    if again.probabilities is None:
+        return {"how": again.how, "told": again.told, "off": None}
+    off = max((abs(share - again.probabilities.get(name, 0.0)) for name, share in one.probabilities.items()), default=0)
+    within = "the same answer" if off <= TOLERANCE else "NOT what was sent"
+    told = f"{again.told}: {within}, {off:.2g} off at most, {TOLERANCE:g} is allowed"
+    return {"how": again.how, "told": told, "off": off}
+
+
 def told_label(one: Label, place: Place) -> dict[str, Any]:
     """One label, as it was sent."""
     return {
@@ -402,9 +510,6 @@ def lines(found: Mapping[str, Any], clock: Callable[[float], str]) -> list[tuple
         clock: a time in words.
     """
 
-    def sure(probabilities: Mapping[str, float]) -> str:
-        return ", ".join(f"{name} {share:.3f}" for name, share in probabilities.items()) or "no class"
-
     said: list[tuple[str, Sequence[str]]] = []
     answered = found["answered"]
     where = [f"at {answered['place']}, observed {clock(answered['observed_at'])}"] if answered else []
@@ -412,18 +517,14 @@ def lines(found: Mapping[str, Any], clock: Callable[[float], str]) -> list[tuple
     said.append(
         (
             "Answers",
-            [
-                f"{clock(one['at'])}  {one['label'] or '(nothing learned yet)'} by {one['version']}: "
-                f"{sure(one['probabilities'])}; novelty {one['novelty']:.2f}; at {one['place']}"
-                + (f"; corrects the answer of {one['supersedes']}" if one["supersedes"] else "")
-                for one in found["predictions"]
-            ]
-            or ["none was found"],
+            [line for one in found["predictions"] for line in _answer_lines(one, clock)] or ["none was found"],
         )
     )
     if found["now"]:
         now = found["now"]
-        said.append(("Now", [f"{now['version']} would say {sure(now['probabilities'])}; novelty {now['novelty']:.2f}"]))
+        said.append(
+            ("Now", [f"{now['version']} would say {_sure(now['probabilities'])}; novelty {now['novelty']:.2f}"])
+        )
     said.append(
         (
             "Most like it",
@@ -450,6 +551,20 @@ def lines(found: Mapping[str, Any], clock: Callable[[float], str]) -> list[tuple
     if found["looked"]:
         said.append(("Looked through", found["looked"]))
     return said
+
+
+def _sure(probabilities: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {share:.3f}" for name, share in probabilities.items()) or "no class"
+
+
+def _answer_lines(one: Mapping[str, Any], clock: Callable[[float], str]) -> list[str]:
+    corrects = f"; corrects the answer of {one['supersedes']}" if one["supersedes"] else ""
+    return [
+        f"{clock(one['at'])}  {one['label'] or '(nothing learned yet)'} by {one['version']}: "
+        + _sure(one["probabilities"])
+        + f"; novelty {one['novelty']:.2f}; at {one['place']}{corrects}",
+        f"  asked again: {one['again']['told']}",
+    ]
 
 
 def _label_lines(found: Mapping[str, Any], clock: Callable[[float], str]) -> list[str]:

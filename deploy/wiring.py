@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from learner.encoders import Payload
     from learner.joining import EventLog, Joiner
     from learner.online import EncoderShelf, OnlineLearner, StreamPlan
+    from learner.revive import Reviver
     from learner.sharing import Follower
     from learner.trainer import Trainer
     from monitoring.drift import DriftMonitor
@@ -324,15 +325,32 @@ def _explainer_of(
         found: Answering = learn(now).result(30)
         return found
 
-    return explainer(settings, parts.store, answering)
+    return explainer(settings, parts.store, parts.registry, answering)
 
 
-def explainer(settings: Settings, store: LearnerStore, answering: Callable[[str], Answering]) -> Explainer:
+def explainer(
+    settings: Settings, store: LearnerStore, registry: Registry, answering: Callable[[str], Answering]
+) -> Explainer:
     """What explains events, over a store that is open."""
     from deploy.explain import Explainer
 
     topics = {kind: settings.topics.name(kind) for kind in ("predictions", "labels", "dead_letters")}
-    return Explainer(store, settings.kafka, topics, Decoder(rules(settings)), answering)
+    return Explainer(
+        store,
+        settings.kafka,
+        topics,
+        Decoder(rules(settings)),
+        answering,
+        registry,
+        reviver(settings, store, registry),
+    )
+
+
+def reviver(settings: Settings, store: LearnerStore, registry: Registry) -> Reviver:
+    """What makes pruned revisions again, on the processor: there it is the same bits each time."""
+    from learner.revive import Reviver
+
+    return Reviver(store, registry, lambda name, places: events_back(settings, name, places))
 
 
 def events_back(settings: Settings, stream: str, places: Mapping[str, Place]) -> dict[str, Payload]:

@@ -34,6 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.blas import dgemm
 from scipy.special import expit
@@ -511,6 +512,26 @@ class Calibration(NamedTuple):
 
     temperature: float
     usual: float
+
+
+class HeadRecipe(BaseModel):
+    """What a revision's head was made of besides its examples; kept with its line of lineage.
+
+    Args:
+        examples: how many it was taught.
+        prior: how a class's frequency counted.
+        width: number of random features.
+        calibration: None for the closed form.
+        newest: how many labels, the newest, counted how often; None where all counted alike.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    examples: int
+    prior: Prior
+    width: int
+    calibration: Calibration | None = None
+    newest: tuple[int, int] | None = None
 
 
 def solve(

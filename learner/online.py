@@ -37,7 +37,17 @@ from learner.exam import (
     guard_revision,
     recent,
 )
-from learner.heads import Calibration, HeadSums, LinearHead, calibrate, dequantise, leave_one_out, quantise, solve
+from learner.heads import (
+    Calibration,
+    HeadRecipe,
+    HeadSums,
+    LinearHead,
+    calibrate,
+    dequantise,
+    leave_one_out,
+    quantise,
+    solve,
+)
 from learner.recency import Heat, Newest, Race, RecencySettings
 from learner.registry import BrokenVersion, Lineage, Pointer, Registry, VersionManifest
 from learner.shadow import SLOW_SOLVE, SOLVE_SHARE, Duel, Event, Shadow, ShadowSettings, Trial
@@ -462,7 +472,11 @@ class OnlineLearner:
         digest = "" if tensors is None else self._registry.put_head(tensors)
         with self._store.transaction(self._epoch, now) as tx:
             revision = tx.add_revision(
-                self.plan.name, int(self.version.removeprefix("v")), head=digest, ledger_seq=self._seq
+                self.plan.name,
+                int(self.version.removeprefix("v")),
+                head=digest,
+                ledger_seq=self._seq,
+                detail=self._recipe().model_dump(exclude_none=True),
             )
             self._registry.put_revision(self.plan.name, self.version, revision, self.encoder_digest, tensors)
             self._send(tx, kind, self.version, revision, self.encoder_digest, digest or None, now)
@@ -491,6 +505,16 @@ class OnlineLearner:
         if head is not None:
             self._calibration, self._calibrated_by = Calibration(head.temperature, head.usual), self.sums.total
         return head
+
+    def _recipe(self) -> HeadRecipe:
+        recency = self.plan.recency if self.race.leader == "newest" else None
+        return HeadRecipe(
+            examples=self.sums.total,
+            prior=self.plan.prior,
+            width=self.sums.lift.width,
+            calibration=self._calibration,
+            newest=recency and (recency.labels, recency.weight),
+        )
 
     @property
     def held(self) -> list[str]:

@@ -193,14 +193,24 @@ class Rebuilder:
         for file in sorted(name for name in manifest.encoder.files if name.endswith(".safetensors")):
             served = load_tensors(self._registry.read(manifest.encoder.files[file]))
             made = load_tensors(result.files[file].read_bytes()) if file in result.files else {}
-            for tensor in sorted(served.keys() | made.keys()):
-                if tensor not in served or tensor not in made or served[tensor].shape != made[tensor].shape:
-                    return float("inf"), tensor
-                old, new = (side[tensor].astype(np.float64) for side in (served, made))
-                off = float(np.abs(old - new).max(initial=0.0) / max(np.abs(old).max(initial=0.0), 1e-12))
-                if off > largest:
-                    largest, where = off, tensor
+            off, tensor = farthest(served, made)
+            if off > largest:
+                largest, where = off, tensor
         return largest, where
+
+
+def farthest(served: Mapping[str, np.ndarray], made: Mapping[str, np.ndarray]) -> tuple[float, str]:
+    """The largest difference of a weight, as a share of the largest of its tensor, and in which; infinite for
+    another shape."""
+    largest, where = 0.0, ""
+    for tensor in sorted(served.keys() | made.keys()):
+        if tensor not in served or tensor not in made or served[tensor].shape != made[tensor].shape:
+            return float("inf"), tensor
+        old, new = (side[tensor].astype(np.float64) for side in (served, made))
+        off = float(np.abs(old - new).max(initial=0.0) / max(np.abs(old).max(initial=0.0), 1e-12))
+        if off > largest:
+            largest, where = off, tensor
+    return largest, where
 
 
 def _circumstances(manifest: VersionManifest, then: FineTuneSummary, result: FineTuneResult) -> list[str]:

@@ -505,7 +505,7 @@ class Registry:
         bad = _not_finite(tensors)
         if bad:
             raise ValueError(f"tensor {bad!r} of a head has a value that is not finite")
-        data = save_tensors({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+        data = head_bytes(tensors)
         if len(data) > MAX_HEAD_BYTES:
             raise ValueError(f"a head of {len(data)} bytes, at most {MAX_HEAD_BYTES} are stored")
         return self.put(data)
@@ -1000,6 +1000,12 @@ _OTHERWISE = "roll back to another version with `trimtab versions rollback`"
 _AGAIN = f"{_OTHERWISE}, or retrain"
 _STORED = "choose one that is stored: `trimtab versions list`"
 _LIST = "list them: `trimtab versions list`"
+
+
+def head_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
+    """A head's tensors as they are stored; the same tensors give the same bytes."""
+    data: bytes = save_tensors({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
+    return data
 
 
 def spec_digest(spec: EncoderSpec) -> Digest:

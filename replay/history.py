@@ -19,8 +19,8 @@ import sqlalchemy as sa
 
 from replay import schema as t
 from replay import traces
-from replay.schema import moment
-from replay.store import Example, LearnerStore, Payload, unpack
+from replay.schema import micros, moment
+from replay.store import Example, LearnerStore, Payload, Revision, unpack
 from stream.events import Place
 from stream.join import At, Score
 
@@ -225,6 +225,38 @@ class Training:
     classes: Mapping[str, int]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldExample:
+    """An example that a head held when a revision was announced.
+
+    Args:
+        embedding: as it was learned; None where it is no longer kept under that encoder.
+        payload: the example itself, where the embedding is not kept and the store has it.
+        ref: where it lies in the log; None where it is not learned any more as it was then.
+        order: by which the newest labels are told, the greatest last; None as `ref`.
+    """
+
+    event_id: str
+    label: str
+    embedding: npt.NDArray[np.int16] | None
+    payload: Payload | None
+    ref: Place | None
+    order: tuple[int, str, int, int, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What may be missing of what a head held at some time, because it went since.
+
+    Args:
+        forgotten: events of the stream that were forgotten on request.
+        settled: its examples that left at the end of the ledger's retention, and that a head held.
+    """
+
+    forgotten: int
+    settled: int
+
+
 class History:
     """Reads of a store.
 
@@ -416,6 +448,60 @@ class History:
         first, last = (moment(at) for at in spans) if spans else (None, None)
         return Training(size, classes.total(), first, last, dict(classes))
 
+    def revision(self, stream: str, version: int, revision: int) -> Revision | None:
+        """A revision's line of lineage; None where there is none."""
+        c = t.revisions.c
+        this = (c.stream == stream, c.version == version, c.revision == revision)
+        with self._store.read() as connection:
+            row = connection.execute(sa.select(t.revisions).where(*this)).first()
+        if row is None:
+            return None
+        return Revision(
+            stream, version, revision, row.head, row.ledger_seq, row.offsets, row.state, row.detail, moment(row.at)
+        )
+
+    def held_at(self, stream: str, encoder: str, ledger_seq: int, at: datetime) -> list[HeldExample]:
+        """The examples that a head held at a ledger row, as far as they are still known, by event id.
+
+        The ledger tells it of what it still has; of what it has let go of, the examples that were learned by then and
+        not otherwise since, but for those that were in the exam.
+
+        Args:
+            encoder: under which the head was taught.
+            at: when that row was the ledger's last.
+        """
+        row_of, c = t.ledger.c, t.examples.c
+        other = sa.case((c.encoder == encoder, None), else_=c.payload).label("payload")
+        columns = [column for column in c if column.name != "payload"]
+        with self._store.read() as connection:
+            lessons = connection.execute(
+                sa.select(row_of.event_id, row_of.sign, row_of.label, row_of.embedding)
+                .where(row_of.stream == stream, row_of.encoder == encoder, row_of.seq <= ledger_seq)
+                .order_by(row_of.seq)
+            ).all()
+            examples = connection.execute(sa.select(*columns, other).where(c.stream == stream)).all()
+        there = {row.event_id: row for row in examples}
+        net = {row.event_id: row if row.sign > 0 else None for row in lessons}
+        found = {event_id: (row.label, row.embedding) for event_id, row in net.items() if row is not None}
+        known = [row for row in examples if row.learned_at <= micros(at)]
+        counts = Counter(label for label, _ in found.values())
+        counts.update(row.label for row in known if row.event_id not in found)
+        for row in known:
+            # From this many labels on a class gave to the exam; before, what is in it now was in the head.
+            in_exam = row.exam and counts[row.label] >= self._store.settings.exam_from
+            if row.event_id not in net and not in_exam:
+                found[row.event_id] = row.label, row.embedding if row.encoder == encoder else None
+        return [_held(event_id, *found[event_id], there.get(event_id)) for event_id in sorted(found)]
+
+    def losses(self, stream: str, since: datetime) -> Losses:
+        """What may have gone of what was learned by then."""
+        f, s = t.forgotten.c, t.settled.c
+        count = sa.select(sa.func.count())
+        with self._store.read() as connection:
+            forgotten = connection.scalar(count.where(f.stream == stream, f.at >= micros(since)))
+            settled = connection.scalar(count.where(s.stream == stream, s.at >= micros(since), s.taught.is_(True)))
+        return Losses(forgotten or 0, settled or 0)
+
     def verdicts(self, stream: str) -> list[tuple[str, str | None, bool, int]]:
         """Of the answers whose labels have come: revision, class, whether that was right, and how many."""
         c = t.scores.c
@@ -486,6 +572,18 @@ class History:
             )
             for unlike, event_id in best
         ]
+
+
+def _held(event_id: str, label: str, embedding: bytes | None, row: sa.Row[Any] | None) -> HeldExample:
+    same = row is not None and row.label == label
+    return HeldExample(
+        event_id=event_id,
+        label=label,
+        embedding=None if embedding is None else np.frombuffer(embedding, "<i2"),
+        payload=None if row is None or row.payload is None else unpack(row.payload),
+        ref=Place(topic=row.ref_topic, partition=row.ref_partition, offset=row.ref_offset) if same and row else None,
+        order=(row.labelled_at, row.ref_topic, row.ref_partition, row.ref_offset, event_id) if same and row else None,
+    )
 
 
 def _first_revision(connection: sa.Connection, lesson: sa.Row[Any]) -> str | None:

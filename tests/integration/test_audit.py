@@ -9,10 +9,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from confluent_kafka import Consumer, TopicPartition
 from typer.testing import CliRunner
 
@@ -45,6 +47,10 @@ def deployment(kafka: KafkaBroker, tmp_path_factory: pytest.TempPathFactory) -> 
         until(lambda: labels(made).get("corrected") == 1 and labels(made).get("withdrawn") == 1)
         until(lambda: made.status("probe")["labels_learned"] == 10 and made.status("probe")["scored"] == 10)
         until(lambda: len(made.records("dead_letters")) == 1)
+        publish(made, [window("probe", "slow", 6), window("probe", "middle", 0)])
+        before = made.status("probe")["serving"]
+        made.label(label("probe", "middle-0", "middle"))
+        until(lambda: made.status("probe")["scored"] == 11 and made.status("probe")["serving"] != before)
         # Behind the last prediction lies a marker of its transaction, which nobody reads.
         until(lambda: Scrape(made.learner_port).total("trimtab_consumer_lag_events") == 0)
         end(worker)
@@ -82,8 +88,8 @@ def test_where_all_went_well_it_finds_nothing(deployment: Deployment) -> None:
     """Every kind of label and a dead letter went by, and none of them is a broken promise."""
     found = audit(deployment)
     assert found.breaches == []
-    assert (found.places, found.answered, found.parked, found.waiting) == (13, 12, 1, 0)
-    assert (found.labels, found.labels_waiting) == (14, 1)
+    assert (found.places, found.answered, found.parked, found.waiting) == (15, 14, 1, 0)
+    assert (found.labels, found.labels_waiting) == (15, 1)
     assert found.dead_letters == {"malformed_json": 1}
     assert found.versions == 1
 
@@ -155,6 +161,35 @@ def test_an_event_is_explained_from_the_log_and_the_database(deployment: Deploym
     text = command(deployment, "explain", "slow-1")
     assert "head: − slow" in text
     assert "(against)" in text or "(for)" in text
+
+
+def test_a_revision_that_answered_is_asked_again_also_where_its_head_was_pruned(
+    deployment: Deployment, tmp_path: Path
+) -> None:
+    """Whether an answer is what its model says, and not what a defect made of it, is asked long after heads go."""
+    settings = yaml.safe_load(deployment.settings.read_text())
+    shutil.copytree(deployment.directory / "registry", tmp_path / "registry")
+    settings["registry"]["url"] = str(tmp_path / "registry")
+    other = tmp_path / "trimtab.yaml"
+    other.write_text(yaml.safe_dump(settings))
+
+    def again(event_id: str) -> tuple[str, dict[str, Any]]:
+        done = CliRunner().invoke(app, ["explain", event_id, "--json", "--config", str(other)])
+        assert done.exit_code == 0, done.output
+        (answer,) = json.loads(done.stdout)["predictions"]
+        return answer["version"], answer["again"]
+
+    name, before = again("slow-6")
+    assert before["how"] == "stored"
+    assert before["off"] < 1e-3
+    registry = open_registry(load_settings(other))
+    assert name in registry.prune("probe", revisions=1, grace=timedelta(0)).revisions
+    _, after = again("slow-6")
+    assert (after["how"], after["off"]) == ("same", before["off"])
+    assert "made again of 10 examples, the same by its checksum: the same answer" in after["told"]
+    done = CliRunner().invoke(app, ["versions", "rebuild", "probe", name, "--config", str(other)])
+    assert (done.exit_code, "the same head by its checksum" in done.stdout) == (0, True), done.output
+    assert again("slow-1")[1]["told"] == "nothing was learned yet"
 
 
 def explained(deployment: Deployment, *arguments: str) -> Any:

@@ -59,8 +59,8 @@ export function Explained({ stream, id, locked }) {
     ${one &&
     html`${one.content != null ? html`<pre tabindex="0" aria-label="The event">${one.content}</pre>` : html`<p class="empty">${one.why}</p>`}
       ${one.answered && html`<p class="dim">It lies at ${one.answered.place}.</p>`}
-      <${Table} title="Answers" columns=${["When", "Class", "Revision", "Probabilities", "Novelty", "Corrects", "Place"]} none="No answer was found."
-        rows=${one.predictions.map((its) => [clock(its.at), its.label ?? "nothing", its.version, shares(its.probabilities), share(its.novelty), its.supersedes ?? "", its.place])} />
+      <${Table} title="Answers" columns=${["When", "Class", "Revision", "Probabilities", "Novelty", "Corrects", "Place", "Asked again"]} none="No answer was found."
+        rows=${one.predictions.map((its) => [clock(its.at), its.label ?? "nothing", its.version, shares(its.probabilities), share(its.novelty), its.supersedes ?? "", its.place, its.again.told])} />
       ${one.now && html`<p>Now ${one.now.version} would say ${shares(one.now.probabilities)}; novelty ${share(one.now.novelty)}.</p>`}
       <${Table} title="Most like it, of what was learned" columns=${["Cosine", "Class", "", "Event", "What it says"]} none=${one.unlike}
         rows=${one.nearest.map((its) => [its.similarity.toFixed(3), its.label, its.for ? "for" : "against", html`<a href=${eventPath(stream, its.event_id)}>${its.event_id}</a>`, its.content ?? "let go of by the store"])} />
