@@ -181,21 +181,30 @@ function Now({ one, now, ask, locked }) {
     </div>`;
 }
 
+/** What a retrain may name. The choice is kept here: a select that is drawn again falls back to its first option. */
+function Named({ tune }) {
+  const [strategy, setStrategy] = useState("");
+  return html`<details>
+    <summary>Another strategy, or a part of the events only</summary>
+    <label>Strategy
+      <select name="strategy" value=${strategy} onChange=${(event) => setStrategy(event.target.value)}>
+        <option value="">${tune.strategy}, as in the settings</option>
+        ${tune.strategies.filter((name) => name !== tune.strategy).map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
+      </select>
+    </label>
+    <label>Events observed from <input name="observed_from" type="datetime-local" step="1" /></label>
+    <label>and before <input name="observed_to" type="datetime-local" step="1" /></label>
+    <p class="dim">Times are those of this browser. What is left out stays for the next fine-tune.</p>
+  </details>`;
+}
+
 function Steering({ one, ask, locked }) {
   const retrain = () =>
     ask({
       title: `Retrain ${one.stream}`,
       says: one.fine_tune.running ? "A fine-tune is running: this one is folded into the next." : "A fine-tune begins in a process of its own. What it makes serves only if it passes its exam.",
       verb: "Retrain",
-      Fields: () => html`<details>
-        <summary>Another strategy, or a part of the events only</summary>
-        <label>Strategy
-          <select name="strategy"><option value="">${one.fine_tune.strategy}, as in the settings</option>${one.fine_tune.strategies.filter((name) => name !== one.fine_tune.strategy).map((name) => html`<option>${name}</option>`)}</select>
-        </label>
-        <label>Events observed from <input name="observed_from" type="datetime-local" step="1" /></label>
-        <label>and before <input name="observed_to" type="datetime-local" step="1" /></label>
-        <p class="dim">Times are those of this browser. What is left out stays for the next fine-tune.</p>
-      </details>`,
+      Fields: () => html`<${Named} tune=${one.fine_tune} />`,
       given: (form) => ({
         ...(form.get("strategy") ? { strategy: form.get("strategy") } : {}),
         ...Object.fromEntries(["observed_from", "observed_to"].filter((name) => form.get(name)).map((name) => [name, new Date(form.get(name)).toISOString()])),
