@@ -513,7 +513,7 @@ class OnlineLearner:
             prior=self.plan.prior,
             width=self.sums.lift.width,
             calibration=self._calibration,
-            newest=recency and (recency.labels, recency.weight),
+            newest=(recency.labels, recency.weight) if recency else None,
         )
 
     @property

@@ -574,7 +574,7 @@ class History:
         ]
 
 
-def _held(event_id: str, label: str, embedding: bytes | None, row: sa.Row[Any] | None) -> HeldExample:
+def _held(event_id: str, label: str, embedding: bytes | None, row: sa.Row[*tuple[Any, ...]] | None) -> HeldExample:
     same = row is not None and row.label == label
     return HeldExample(
         event_id=event_id,
