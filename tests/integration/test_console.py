@@ -303,14 +303,18 @@ def test_quarantined_labels_are_released_and_dropped(site: Site) -> None:
     deployment.label(*(label("probe", f"slow-{n}", f"new class {n}", labeller="intern") for n in range(4)))
     until(lambda: len(waiting(site)) >= 2)
     page = site.open("#/stream/probe/labels")
-    released = waiting(site)[0]
-    page.get_by_role("checkbox", name=f"Choose label {released['id']}").check()
+    released, other = waiting(site)[:2]
+    box = page.get_by_role("checkbox", name=f"Choose label {other['id']}", exact=True).element_handle()
+    page.get_by_role("checkbox", name=f"Choose label {released['id']}", exact=True).check()
     page.get_by_role("button", name="Release", exact=True).click()
     site.confirm(page, "Release 1 label", "seen by eye")
     expect(page.get_by_role("status")).to_contain_text("1 label released")
     until(lambda: learned(deployment).get(released["event_id"]) == released["label"])
     dropped = waiting(site)[0]
-    page.get_by_role("checkbox", name=f"Choose label {dropped['id']}").check()
+    expect(page.get_by_role("checkbox", name=f"Choose label {released['id']}", exact=True)).to_have_count(0)
+    assert box is not None
+    assert box.get_attribute("aria-label") == f"Choose label {other['id']}", "another label came under the pointer"
+    page.get_by_role("checkbox", name=f"Choose label {dropped['id']}", exact=True).check()
     page.get_by_role("button", name="Drop", exact=True).click()
     expect(page.get_by_role("dialog")).to_contain_text("cannot be undone")
     page.keyboard.press("Escape")

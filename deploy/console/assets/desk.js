@@ -325,7 +325,7 @@ export function Quarantine({ stream, ask, locked, stamp }) {
               <thead><tr><th scope="col">Choose</th><th scope="col">Event</th><th scope="col">Label</th><th scope="col">Labeller</th><th scope="col">Why</th></tr></thead>
               <tbody>
                 ${found.labels.map(
-                  (one) => html`<tr>
+                  (one) => html`<tr key=${one.id}>
                     <td><input type="checkbox" aria-label=${`Choose label ${one.id}`} checked=${chosen.includes(one.id)} onChange=${() => turn(one.id)} /></td>
                     <td>${one.event_id}</td><td>${one.label}</td><td>${one.labeller}</td><td>${one.reason} ${one.detail}</td>
                   </tr>`,
@@ -395,7 +395,7 @@ export function Letters({ ask, locked, stamp, now }) {
               <thead><tr><th scope="col">When</th><th scope="col">Reason</th><th scope="col">Event</th><th scope="col">What</th><th scope="col">Place</th></tr></thead>
               <tbody>
                 ${found.letters.map(
-                  (one) => html`<tr>
+                  (one) => html`<tr key=${one.place}>
                     <td>${one.at ? ago(Date.parse(one.at) / 1000, now) : "–"}</td><td>${one.reason}</td><td>${one.event_id}</td><td>${one.field} ${one.detail}</td>
                     <td><button disabled=${locked} onClick=${() => look(one.place)}>Look at ${one.place}</button></td>
                   </tr>`,
